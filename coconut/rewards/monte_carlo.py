@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Key = tuple[int, tuple[int, ...]]  # of an answer up to a step's end: the index of its question, and its tokens
 
 
+CONTINUED = 1  # the end of random keys, which tells them from those of whole answers
+
+
 @dataclass(frozen=True)
 class StepLabels:
     """Monte Carlo estimates of the steps of each completion, ordered by question.
@@ -83,7 +86,7 @@ def continue_completions(
     continuations: dict[int, list[list[int]]] = {}
     for indices, prompts, options in _batches(lm, prefixes, batch_size):
         ids, mask = pad_rows(prompts, lm.special.pad)
-        keys = [(seed, index, number) for index in indices for number in range(count)]
+        keys = [(seed, index, number, CONTINUED) for index in indices for number in range(count)]
         out = lm.generate(ids, mask, do_sample=True, num_return_sequences=count, random_keys=keys, **options)
         for row, index in enumerate(indices):
             continuations[index] = [out.completion_ids(i) for i in range(row * count, (row + 1) * count)]

@@ -75,9 +75,9 @@ class RunCost:
             lines.append(f"  and {len(self.stages) - len(self.measured)} stages between these")
         total, whole = sum(self.updates), self.training + self.validations * self.validation
         lines += [
-            f"  {self.validations:,} validations of at most {duration(self.validation)}",
+            f"  {self.validations:,} validations of about {duration(self.validation)}, less when answers are short",
             f"An update takes {self.training / total:.2g} s here, the {total:,} updates about "
-            f"{duration(self.training)}, the run at most {duration(whole)}. Peak memory {self.memory:.1f} GiB.",
+            f"{duration(self.training)}, with validations about {duration(whole)}. Peak memory {self.memory:.1f} GiB.",
         ]
         return "\n".join(lines)
 
@@ -105,7 +105,7 @@ def _measure(config: TrainConfig, world: World) -> int:
 def run_cost(trainer: Trainer) -> RunCost:
     """Do three updates in each stage, and answer a batch of validation questions in the first and the last one.
 
-    The trainer's weights are changed. Every process of a run calls this.
+    The learning rate is 0, so that the weights stay. Every process of a run calls this.
     """
     schedule, stages = trainer.schedule, trainer.plan.stages
     places = np.unique(np.linspace(0, len(stages) - 1, MEASURED_STAGES).round().astype(int)).tolist()
