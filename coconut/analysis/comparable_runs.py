@@ -154,7 +154,7 @@ def _complete_runs(names: Sequence[str]) -> list[RunRecord]:
     records = [read_run(folder) for folder in expand_patterns(names)]
     steps = [(record, record.step, record.total) for record in records]
     _refuse(
-        [f"{record.folder}: {record.unit} {step:,} of {updates:,}" for record, step, updates in steps if step < updates],
+        [f"{record.folder}: {record.unit} {step:,} of {end:,}" for record, step, end in steps if step < end],
         "not complete, so the final accuracy is not known",
         "Train to the end, with the command that began it, or leave it out of runs=.",
     )
