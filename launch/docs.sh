@@ -11,5 +11,5 @@ export NO_MKDOCS_2_WARNING=1  # an advertisement of mkdocs-material
 if [ $# -gt 0 ]; then
     exec "$python" -m mkdocs "$@"
 fi
-"$python" -m mkdocs build --quiet
+"$python" -m mkdocs build  # with --quiet warnings would not count
 echo "Site: build/site/index.html"
