@@ -9,19 +9,8 @@ A method says which sequences are made of an example and what is learned from th
     terms       the terms of the loss: next-token prediction of a sequence, and what else is predicted or matched
 
 The first eight entries of `METHODS` are the rows of Table 1 in Hao et al., "Training Large Language Models to Reason
-in a Continuous Latent Space", arXiv 2412.06769. The others:
-
-    hybrid_warmup   the warm-up of a hybrid model (Thinkless), arXiv 2505.13379
-    codi            arXiv 2502.21074, and its control pause_codi
-    pccot           arXiv 2506.18582
-    kava            arXiv 2510.02312
-    mux             arXiv 2607.18264
-    lotus           arXiv 2606.31779
-    sim_cot         arXiv 2509.20317 on Coconut, and sim_cot_codi on CODI
-    soft_coconut    Coconut whose thoughts are the mixtures of Soft Thinking, arXiv 2505.15778
-    lt_tuning       Coconut with the fused thoughts of LT-Tuning, arXiv 2602.10229
-    colar           arXiv 2505.16552
-    c_mtp           arXiv 2607.16972
+in a Continuous Latent Space", arXiv 2412.06769. `Method.paper` is the source of each; of `hybrid_warmup` that of
+Thinkless, of `soft_coconut` that of the mixtures (Soft Thinking), of a method on another one that of what it adds.
 """
 
 from __future__ import annotations
@@ -405,7 +394,7 @@ class Method:
 
     `fixed_length`: the slot has `curriculum.num_thoughts` positions whatever the chain, and none is counted for a step;
     otherwise it has `thoughts_per_step` for each step that is removed. `iterations_per_step`: the slot's iterations are
-    those for each step that is removed.
+    those for each step that is removed. `paper`: the arXiv number of its source.
     """
 
     slot: Slot
@@ -416,6 +405,7 @@ class Method:
     teacher: bool = False
     fixed_length: bool = False
     iterations_per_step: bool = False
+    paper: str = "2412.06769"
 
     def __post_init__(self) -> None:
         thinks = self.slot.thinks
@@ -435,12 +425,14 @@ _CODI = Method(
     ),
     teacher=True,
     fixed_length=True,
+    paper="2502.21074",
 )
 _PCCOT = replace(
     _CODI,
     slot=Slot(Source.thought, update=Update.jacobi, iterations=3),
     summary="CODI whose thoughts are updated all at once",
     terms=(*_CODI.terms[:2], replace(_CODI.terms[2], options={"first_layer": 1})),
+    paper="2506.18582",
 )
 _MUX = Term("spans", "spans", at=At.thoughts, per=Per.span, options={"spans": "random", "rho": 0.9, "temperature": 1.0})
 _KAVA = Term(
@@ -464,6 +456,7 @@ _COLAR = Method(
         Term("random_token", "random_token", at=At.before_thoughts, per=Per.token_or_span, options={"spans": "fixed"}),
         Term("latent", "latent", at=At.before_thoughts, per=Per.span, options={"spans": "fixed"}),
     ),
+    paper="2505.16552",
 )
 _C_MTP = Method(
     slot=Slot(Source.thought, Projector.multi_token, update=Update.teacher_forced, group=2, pooling=Pooling.mean),
@@ -477,18 +470,21 @@ _C_MTP = Method(
         _CODI.terms[2],
     ),
     teacher=True,
+    paper="2607.16972",
 )
 
 METHODS: dict[str, Method] = {
     "coconut": _COCONUT,
     "cot": Method(NOTHING, Cut.never, False, "the whole chain in words"),
     "no_cot": Method(NOTHING, Cut.all, False, "the answer at once"),
-    "icot": Method(NOTHING, Cut.tokens, False, "the chain is removed token by token"),
-    "pause": Method(PAUSES, Cut.all, True, "pause tokens, then the answer; no curriculum"),
+    "icot": Method(NOTHING, Cut.tokens, False, "the chain is removed token by token", paper="2405.14838"),
+    "pause": Method(PAUSES, Cut.all, True, "pause tokens, then the answer; no curriculum", paper="2310.02226"),
     "without_curriculum": Method(THOUGHTS, Cut.last, True, "Coconut's last stage from the start"),
     "without_thought": Method(NOTHING, Cut.steps, False, "Coconut's curriculum, nothing in the slot"),
     "pause_as_thought": Method(PAUSES, Cut.steps, True, "Coconut's curriculum, pauses in the slot"),
-    "hybrid_warmup": Method(NOTHING, Cut.modes, False, "each example in each mode, after its control token"),
+    "hybrid_warmup": Method(
+        NOTHING, Cut.modes, False, "each example in each mode, after its control token", paper="2505.13379"
+    ),
     "codi": _CODI,
     "pause_codi": replace(_CODI, slot=PAUSES, summary="CODI with pause tokens in place of thoughts"),
     "pccot": _PCCOT,
@@ -497,9 +493,13 @@ METHODS: dict[str, Method] = {
         slot=replace(_PCCOT.slot, projector=Projector.mlp_ln),
         summary="PCCoT whose thoughts are held to the compressed cache of the written chain",
         terms=(*_PCCOT.terms, _KAVA),
+        paper="2510.02312",
     ),
     "mux": replace(
-        _CODI, summary="CODI whose thoughts are held to mixtures of the chain's words", terms=(*_CODI.terms, _MUX)
+        _CODI,
+        summary="CODI whose thoughts are held to mixtures of the chain's words",
+        terms=(*_CODI.terms, _MUX),
+        paper="2607.18264",
     ),
     "lotus": Method(
         slot=Slot(Source.thought, update=Update.loop, iterations=1),
@@ -508,22 +508,31 @@ METHODS: dict[str, Method] = {
         summary="stage k: the first k steps become k*c thoughts, updated k times and held to the steps' words",
         terms=(WRITTEN, _LOTUS),
         iterations_per_step=True,
+        paper="2606.31779",
     ),
     "sim_cot": replace(
-        _COCONUT, summary="Coconut, and a decoder writes each step from its thoughts", terms=(WRITTEN, _STEPS)
+        _COCONUT,
+        summary="Coconut, and a decoder writes each step from its thoughts",
+        terms=(WRITTEN, _STEPS),
+        paper="2509.20317",
     ),
     "sim_cot_codi": replace(
-        _CODI, summary="CODI, and a decoder writes each step from its thought", terms=(*_CODI.terms, _STEPS)
+        _CODI,
+        summary="CODI, and a decoder writes each step from its thought",
+        terms=(*_CODI.terms, _STEPS),
+        paper="2509.20317",
     ),
     "soft_coconut": replace(
         _COCONUT,
         slot=Slot(Source.thought, content=Content.mixture),
         summary="Coconut whose thoughts are mixtures of words' embeddings",
+        paper="2505.15778",
     ),
     "lt_tuning": replace(
         _COCONUT,
         slot=Slot(Source.thought, content=Content.fused),
         summary="Coconut whose thoughts are sums of a hidden state and a mixture of words' embeddings",
+        paper="2602.10229",
     ),
     "colar": _COLAR,
     "c_mtp": _C_MTP,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -472,32 +471,3 @@ def test_import_is_light() -> None:
     exec("from coconut import *; LatentLM, METHODS, answer, logit_lens, plan", {})
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = coconut.Nothing
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install .` would put into site-packages."""
-    folder = tmp_path_factory.mktemp("installed")
-    quiet = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
-    alone = ["--no-deps", "--no-build-isolation"]
-    done = python("-m", "pip", "install", *quiet, *alone, "--target", str(folder), str(ROOT))
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.slow
-def test_an_installed_package_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    check = "import coconut, coconut.utils.hydra_app; print(coconut.__file__); print(coconut.utils.hydra_app.CONF_DIR)"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment,
-                          check=True)  # fmt: skip
-    assert done.stdout.split() == [str(installed / "coconut" / "__init__.py"), str(installed / "coconut" / "conf")]
-    wanted = {str(path.relative_to(CONF_DIR)) for path in CONF_DIR.rglob("*.yaml")}
-    found = {str(path.relative_to(installed / "coconut" / "conf")) for path in (installed / "coconut").rglob("*.yaml")}
-    assert found == wanted
-    script, few = str(installed / "bin" / "coconut"), ["num_train=5", "num_valid=5", "num_test=5"]
-    for arguments in (["train", "experiment=quickstart", "--cfg", "job"], ["data", "prosqa", *few]):
-        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path,
-                              env=environment, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "data" / "prosqa_train.json").read_text())) == 5
