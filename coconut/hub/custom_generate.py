@@ -38,6 +38,8 @@ from transformers.utils.hub import cached_file
 Parts = tuple[list[int], int, list[int]]  # of a prompt: before the thoughts, their number, and after them
 TESTED = "5.24"  # transformers
 FORMAT_VERSION = 5  # coconut.json
+COMMIT = re.search(r"\b([0-9a-f]{40})\b", __file__)  # transformers keeps this file in a folder of this name
+REVISION = COMMIT[1] if COMMIT else None  # on the hub: that of this file
 KNOWN = {
     "source": ("nothing", "pause", "thought"),
     "content": ("state", "mixture", "fused"),
@@ -108,7 +110,8 @@ def generate(
         questions, samples = [row for row in questions for _ in range(samples)], 1
     modes = latent.choose_modes(questions, mode, settings)
     prompts = [latent.prompt(row, name, num_thoughts) for row, name in zip(questions, modes, strict=True)]
-    limits = latent.limits(prompts, settings.max_new_tokens)
+    most = settings.max_new_tokens
+    limits = latent.limits(prompts, latent.reasoning.max_new_tokens if most is None else most)
     if settings.return_dict_in_generate and len({*limits}) > 1:
         raise ValueError("These prompts come to the end of the model's context after different numbers of new tokens. "
                          "Give each alone, or set a smaller max_new_tokens.")  # fmt: skip
@@ -129,7 +132,7 @@ def generate(
 
 def _settings(model: Any, given: GenerationConfig | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """All settings of the generation, and the arguments that are none, after those that cannot be were refused."""
-    ignored = ("custom_generate", "trust_remote_code", "token_type_ids")
+    ignored = ("custom_generate", "trust_remote_code", "revision", "token", "token_type_ids")
     options = {name: value for name, value in options.items() if value is not None and name not in ignored}
     settings: Any = GenerationConfig() if given is None else copy.deepcopy(given)
     asked = {**settings.to_diff_dict(), **options}
@@ -173,7 +176,7 @@ class LatentReasoning:
 
     def _file(self, name: str) -> str:
         try:
-            return str(cached_file(self.place, name, revision=getattr(self.model.config, "_commit_hash", None)))
+            return str(cached_file(self.place, name, revision=REVISION))
         except OSError as error:
             raise ValueError(f"There is no {name} in {self.place!r}, where this model was opened. Open the folder that "
                              "was exported, by a path that stays valid.") from error  # fmt: skip
@@ -237,11 +240,8 @@ class LatentReasoning:
         """How many new tokens each prompt may get: at most `most`, and what the model's context has room for."""
         context = getattr(self.config, "max_position_embeddings", None) or 2**31
         rope = getattr(self.config, "rope_parameters", None) or {}
-        for kind in (
-            rope,
-            *rope.values(),
-        ):  # with longrope, angles change beyond the original context, and the cache not
-            if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+        for kind in (rope, *rope.values()):
+            if isinstance(kind, dict) and kind.get("rope_type") == "longrope":  # other angles, once a row is longer
                 context = min(context, kind.get("original_max_position_embeddings") or context)
         free = [context - len(before) - count - len(after) for before, count, after in prompts]
         if min(free) < 1:

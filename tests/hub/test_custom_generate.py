@@ -14,6 +14,7 @@ import transformers
 from helpers import ROOT
 from helpers.family_table import FAMILIES, Family, base_of, new_tokenizer
 from helpers.models import QUESTIONS, padded, shift_weights
+from helpers.processes import python
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
 
 from coconut import LatentLM
@@ -307,3 +308,27 @@ def test_another_version_of_transformers_is_named_once(monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match=r"tested with transformers .*; 5\.99\.1 is installed") as caught:
         runpy.run_path(custom_generate.__file__)
     assert len(caught) == 1
+
+
+@pytest.mark.slow
+def test_on_the_hub_each_revision_thinks_as_it_says(tmp_path: Path) -> None:
+    place, revisions = tmp_path / "models--someone--thing", {"0" * 40: 3, "1" * 40: 2}
+    for revision, num_thoughts in revisions.items():
+        lm = latent_lm(LLAMA, replace(thinking(), num_thoughts=num_thoughts))
+        write_folder(lm, place / "snapshots" / revision, "")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for revision in ("main", *sys.argv[1:]):
+    model = AutoModelForCausalLM.from_pretrained("someone/thing", revision=revision, trust_remote_code=True)
+    print(int(model.generate(torch.tensor([[5, 6]]), return_dict_in_generate=True).num_thoughts))
+"""
+    folders: dict[str, Any] = {
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = python("-I", "-c", code, *revisions, **folders)
+    assert done.stdout.split() == ["3", "3", "2"], done.stderr
