@@ -38,8 +38,8 @@ from transformers.utils.hub import cached_file
 Parts = tuple[list[int], int, list[int]]  # of a prompt: before the thoughts, their number, and after them
 TESTED = "5.24"  # transformers
 FORMAT_VERSION = 5  # coconut.json
-COMMIT = re.search(r"\b([0-9a-f]{40})\b", __file__)  # transformers keeps this file in a folder of this name
-REVISION = COMMIT[1] if COMMIT else None  # on the hub: that of this file
+COMMIT = re.search(r"([0-9a-f]{40})[/\\]custom_generate[/\\]", __file__)  # where transformers keeps files of the hub
+REVISION = COMMIT[1] if COMMIT else None
 KNOWN = {
     "source": ("nothing", "pause", "thought"),
     "content": ("state", "mixture", "fused"),
@@ -411,7 +411,7 @@ class LatentReasoning:
         ids_BT, mask_BT = ids_BT.repeat_interleave(samples, dim=0), mask_BT.repeat_interleave(samples, dim=0)
         settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), *self.added})
         if settings.stop_strings or self.gates:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.place)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.place, revision=REVISION)
         if settings.stop_strings:
             stops = StopStrings(tokenizer, settings.stop_strings, ids_BT.shape[1])
             others["stopping_criteria"] = StoppingCriteriaList([*others.get("stopping_criteria", ()), stops])

@@ -123,6 +123,17 @@ def test_further_slots_answer_as_latent_lm(tmp_path: Path, slot: Slot) -> None:
     assert_same_answers(lm, opened(lm, tmp_path), *padded(QUESTIONS))
 
 
+@pytest.mark.parametrize("name", ["Cohere", "Granite", "Gemma 2"])
+def test_mixtures_are_of_the_logits_of_the_family(tmp_path: Path, name: str) -> None:
+    """Which it scales or caps. The thoughts show it, where few words would."""
+    lm = latent_lm(next(family for family in FAMILIES if family.name == name), thinking(FURTHER[0]))
+    expected = lm.generate(torch.tensor([[5, 6, 7]])).thoughts
+    latent = custom_generate.LatentReasoning(opened(lm, tmp_path))
+    with torch.no_grad():
+        fed, _, _ = latent.think([[5, 6, 7, lm.special.bot]], torch.tensor([4]))
+    torch.testing.assert_close(fed, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("slot", [COLAR, C_MTP], ids=["colar", "c_mtp"])
 def test_rows_may_end_their_thoughts_at_different_numbers(tmp_path: Path, slot: Slot) -> None:
     numbers: set[tuple[int, ...]] = set()
