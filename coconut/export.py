@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 def run(config: ExportConfig) -> int:
     """Write the folder, and upload it with config.push. Gives the exit status."""
+    from coconut.hub.folder import write_folder
     from coconut.hub.push import check_name
     from coconut.utils.console import log, silence_libraries
-    from coconut.utils.files import atomic_folder, write_text
+    from coconut.utils.files import atomic_folder
 
     silence_libraries()
     if config.push:
@@ -28,9 +29,8 @@ def run(config: ExportConfig) -> int:
         raise ValueError(f"output={folder} is {'not empty' if folder.is_dir() else 'a file'}. Name a new folder.")
     lm, card = _released(config) if config.released else _trained(config)
     with atomic_folder(folder) as part:
-        lm.save_pretrained(part, max_shard_size=config.max_shard_size)
-        write_text(part / "README.md", card)
-    log(f"{folder} holds the model, its tokenizer, coconut.json and a card (README.md).")
+        write_folder(lm, part, card, config.max_shard_size)
+    log(f"{folder} holds the model, its tokenizer, coconut.json, generation for transformers and a card (README.md).")
     if config.push:
         _push(folder, config)
     return 0

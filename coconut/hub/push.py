@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from coconut.hub.folder import write_folder
 from coconut.hub.model_card import card
 from coconut.utils.pretrained import hub_unreachable
 
@@ -29,8 +30,7 @@ def check_name(name: str) -> None:
 def push_model(lm: LatentLM, name: str, private: bool = True) -> None:
     """Save the model with a card, and put it on the hub as OWNER/NAME. Raises ValueError if the hub refuses it."""
     with TemporaryDirectory() as folder:
-        lm.save_pretrained(folder)
-        (Path(folder) / "README.md").write_text(card(lm, name=name), encoding="utf-8")
+        write_folder(lm, folder, card(lm, name=name))
         push(Path(folder), name, private)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,8 +18,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.models import ARCHITECTURES, build, byte_level_tokenizer
 from helpers.runs import graph_files, small_run
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import LatentLM
@@ -30,6 +33,7 @@ from coconut.generate import run as run_generate
 from coconut.generation.config import GenerateConfig, StopRule
 from coconut.generation.generate import answer
 from coconut.hub.config import ExportConfig
+from coconut.hub.folder import GENERATE_FILE, write_folder
 from coconut.hub.model_card import card
 from coconut.hub.released_checkpoints import from_released
 from coconut.methods import NOTHING, PAUSES, THOUGHTS, Projector, PromptFormat, Reasoning, Slot, Source, Update
@@ -59,53 +63,70 @@ def test_exported_folder_has_shards_and_a_card(trained_run: Path, tmp_path: Path
         run_export(ExportConfig(run=str(trained_run), output=str(folder)))
 
 
-def test_model_card_without_thoughts_names_no_projector() -> None:
-    """Training with another method keeps the projector of a model."""
-    lm = build("llama", torch.float32, slot=Slot(Source.thought, Projector.mlp_ln), num_thoughts=3)
-    assert "projector" in card(lm)
+def test_model_card_says_what_the_plain_model_lacks() -> None:
+    lm = build("llama", torch.float32, slot=THOUGHTS, num_thoughts=3)
+    assert "nothing stands between question and answer" in card(lm)
     lm.reasoning = replace(lm.reasoning, slot=NOTHING, markers=False, num_thoughts=0)
-    assert "projector" not in card(lm)
-    lm.add_modes(["short", "latent_3"])
-    assert "projector" in card(lm)
+    assert "Without it" not in card(lm)
+    lm.add_gates()
+    assert "without the gates" in card(lm)
 
 
 @pytest.mark.slow
 def test_model_card_code_gives_the_same_answers(tmp_path: Path) -> None:
-    """For thoughts, projected thoughts, pauses, an empty slot and modes, with a chat template and without."""
+    """Where this package cannot be imported; with a chat template and without, and tokens that texts begin with."""
     questions = ["3 7 21", "8 9", "4 1 1 1 30 2", "17"]
-    lines, expected, chosen = ["import sys"], [], set()
-    modes = ["short", "latent_2", "latent_3"]
+    lines, expected, chosen = [], [], set()
     projected = Slot(Source.thought, Projector.mlp_ln, width=20)
-    at_once = [
-        Slot(Source.thought, Projector.mlp_ln, update=update, iterations=2) for update in (Update.jacobi, Update.loop)
-    ]
-    slots = (NOTHING, PAUSES, THOUGHTS, projected)
-    seeds = dict.fromkeys([projected, *at_once], 1)  # whose answers are words alone
-    cases = [*product(slots, (False, True), [False]), *product([NOTHING], (False, True), [True])]
-    cases += [(slot, False, False) for slot in at_once]
-    for number, (slot, chat, hybrid) in enumerate(cases):
-        folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat)
-        lm = build("llama", torch.float32, seed=seeds.get(slot, 0), slot=slot, markers=slot != NOTHING,
+    at_once = replace(projected, update=Update.jacobi, iterations=2)
+    merging = Slot(Source.thought, Projector.multi_token, update=Update.teacher_forced, group=2)
+    cases = [*product((NOTHING, PAUSES, THOUGHTS, projected), ("", "chat", "start")), (NOTHING, "hybrid"),
+             (NOTHING, "gated"), (at_once, ""), (merging, "")]  # fmt: skip
+    for number, (slot, kind) in enumerate(cases):
+        folder, form = tmp_path / str(number), PromptFormat("5 {}", "{} ", "6 {}", chat=kind == "chat")
+        lm = build("llama", torch.float32, slot=slot, markers=slot != NOTHING,
                    num_thoughts=3 * (slot != NOTHING), max_new_tokens=8, format=form)  # fmt: skip
-        if hybrid:
-            lm.add_modes(modes, init="random")
-        lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if chat else None
-        lm.save_pretrained(folder)
+        if kind == "hybrid":
+            lm.add_modes(["short", "latent_2", "latent_3"], init="random")
+        if kind == "gated":
+            lm.add_gates(0.3, 0.6)
+        if kind == "start":
+            begins_and_ends = processors.TemplateProcessing("7 $0 </s>", special_tokens=[("7", 10), ("</s>", 1)])
+            lm.tokenizer.backend_tokenizer.post_processor = begins_and_ends
+        lm.tokenizer.chat_template = "{{ '0 ' + messages[0].content + ' 1 ' }}" if kind == "chat" else None
+        write_folder(lm, folder, card(lm))
         [_, code] = re.findall(r"```python\n(.*?)```", card(lm), flags=re.DOTALL)
-        code = code.replace("THIS FOLDER", str(folder))
+        assert len(code.strip().splitlines()) <= 8
+        assert ("torch.tensor" in code) == (kind == "start"), "what the tokenizer adds after a question is left out"
         assert "'5 a question'" in code
         for question in questions:
-            lines.append(code.replace("'5 a question'", f"'5 {question}'"))
+            lines.append(code.replace("THIS FOLDER", str(folder)).replace("'5 a question'", f"'5 {question}'"))
+            lines.append("print('<answer>')")
             output = answer(lm, [question])
-            expected.append(output.texts[0].strip())
+            new = output.tokens[0, : int(output.lengths[0])]
+            expected.append(str(lm.tokenizer.decode(new, skip_special_tokens=True)).strip())
             chosen.add(output.modes[0])
     assert len(set(expected)) > 16, "the answers differ"
     assert len(chosen) > 2, "and several modes are chosen"
-    lines.append("assert 'coconut' not in sys.modules")
-    (tmp_path / "alone.py").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, "alone.py"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    (tmp_path / "alone.py").write_text("\n".join([WITHOUT_PACKAGE, *lines]))
+    done = subprocess.run(
+        [sys.executable, "-I", "alone.py"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.strip() for line in done.stdout.splitlines()] == expected
+    assert [text.strip() for text in done.stdout.split("<answer>")[:-1]] == expected
+
+
+WITHOUT_PACKAGE = """
+import os, sys
+sys.path = [place for place in sys.path if not os.path.isfile(os.path.join(place, "coconut", "__init__.py"))]
+try:
+    from coconut import LatentLM
+except ImportError:
+    pass
+else:
+    raise AssertionError(LatentLM)
+"""
 
 
 def test_failed_upload_keeps_the_export(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +206,9 @@ def test_uploaded_files_load_as_the_same_model(tmp_path: Path, monkeypatch: pyte
     assert (made["name"], made["organization"]) == ("thing", "someone")
     assert made.get("visibility") == "private" or made["private"], "the key of older and of newer versions"
     for name, content in Hub.kept.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    assert (tmp_path / GENERATE_FILE).read_text() == (ROOT / "coconut" / "hub" / "custom_generate.py").read_text()
     assert (tmp_path / "README.md").read_text() == card(lm, name="someone/thing")
     reloaded = LatentLM.from_pretrained(tmp_path)
     assert reloaded.reasoning == lm.reasoning
