@@ -63,7 +63,7 @@ def token_parts(
 
 def completion_parts(lm: LatentLM, completion_ids: Sequence[int]) -> list[int]:
     """`token_parts` with the model's tokenizer and prompt format."""
-    return token_parts(lm.tokenizer, completion_ids, lm.reasoning.format, [lm.special.eos, lm.special.pad])
+    return token_parts(lm.tokenizer, completion_ids, lm.reasoning.format, [lm.special.eos])
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

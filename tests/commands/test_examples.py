@@ -23,6 +23,8 @@ from coconut.data.batching import collate, count_for_term
 from coconut.data.sequences import layout
 from coconut.data.tokenization import SpecialIds, build_word_tokenizer
 from coconut.generation.generate import pad_rows
+from coconut.hub.folder import write_folder
+from coconut.hub.model_card import card
 from coconut.methods import Reasoning, Stage
 from coconut.objectives.training_model import TrainingModel
 from coconut.runs.checkpoints import Checkpoints
@@ -288,7 +290,8 @@ def desk(small: Path) -> Path:
     (folder / "runs").mkdir()
     for name in ("quickstart", "warm"):
         (folder / "runs" / name).symlink_to(small)
-    LatentLM.from_pretrained(Checkpoints(small).find("best")).save_pretrained(folder / "FOLDER")
+    lm = LatentLM.from_pretrained(Checkpoints(small).find("best"))
+    write_folder(lm, folder / "FOLDER", card(lm))
     return folder
 
 

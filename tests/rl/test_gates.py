@@ -262,7 +262,7 @@ def test_saved_gates_are_read_back(tmp_path: Path) -> None:
     for name, weight in lm.gates.state_dict().items():
         assert torch.equal(again.gates.state_dict()[name], weight)
     assert again.generate(*padded(QUESTIONS)).texts == lm.generate(*padded(QUESTIONS)).texts
-    assert "opens the folder without them" in card(again)
+    assert "without the gates of `gates.safetensors`" in card(again)
     (tmp_path / "model" / "gates.safetensors").unlink()
     with pytest.raises(ValueError, match=r"gates.safetensors, the weights of the gates of its words, cannot be read"):
         LatentLM.from_pretrained(tmp_path / "model")
