@@ -46,3 +46,20 @@ in_parallel() { # a function, called with 0 and with 1: at once, or with jobs=1 
     trap - INT TERM
     return $failed
 }
+
+all_seeds() { # 0 or 1: calls that one of the two functions in $works with each of $seeds
+    local seed
+    for seed in ${seeds//,/ }; do "${works[$1]}" "$seed" || return 1; done
+}
+
+evaluate_all() { # names: evaluates $runs/NAME-seedN of each of $seeds, one after the other, and puts the folders into $made
+    local seed name run
+    made=()
+    for seed in ${seeds//,/ }; do
+        for name in "$@"; do
+            run=$runs/$name-seed$seed
+            made+=("$run")
+            [ -f "$run/evaluation/test.json" ] || "$python" -m coconut.evaluate run="$run" batch_size=250 >/dev/null
+        done
+    done
+}

@@ -45,23 +45,12 @@ in_thoughts() {
         policy noisy_thoughts coconut "$1" gates.enabled=false thought_noise=0.75
 }
 
-all_seeds() {
-    local works=(in_words in_thoughts) seed
-    for seed in ${seeds//,/ }; do "${works[$1]}" "$seed" || return 1; done
-}
-
 echo "[2/4] Training: two models that are stopped early, and two policies from each, $jobs at a time; each writes $runs/NAME-seedN.log"
+works=(in_words in_thoughts)
 in_parallel all_seeds
 
 echo "[3/4] Evaluation, one run after the other"
-made=()
-for seed in ${seeds//,/ }; do
-    for name in cot words mixtures coconut thoughts noisy_thoughts; do
-        run=$runs/$name-seed$seed
-        made+=("$run")
-        [ -f "$run/evaluation/test.json" ] || "$python" -m coconut.evaluate run="$run" batch_size=250 >/dev/null
-    done
-done
+evaluate_all cot words mixtures coconut thoughts noisy_thoughts
 
 echo "[4/4] The page"
 "$python" -m coconut.analyze table runs="${made[*]}" output="$runs"

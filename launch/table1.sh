@@ -53,23 +53,12 @@ in_thoughts() { # and what begins with their stage 0
         train without_curriculum "$1"
 }
 
-all_seeds() {
-    local works=(in_one_pass in_thoughts) seed
-    for seed in ${seeds//,/ }; do "${works[$1]}" "$seed" || return 1; done
-}
-
 echo "[2/4] Training: eight methods, $total $unit each, $jobs at a time; each writes $runs/METHOD-seedN.log"
+works=(in_one_pass in_thoughts)
 in_parallel all_seeds
 
 echo "[3/4] Evaluation, one run after the other"
-made=()
-for seed in ${seeds//,/ }; do
-    for method in coconut cot no_cot icot pause without_curriculum without_thought pause_as_thought; do
-        run=$runs/$method-seed$seed
-        made+=("$run")
-        [ -f "$run/evaluation/test.json" ] || "$python" -m coconut.evaluate run="$run" batch_size=250 >/dev/null
-    done
-done
+evaluate_all coconut cot no_cot icot pause without_curriculum without_thought pause_as_thought
 
 echo "[4/4] The table"
 "$python" -m coconut.analyze table runs="${made[*]}" output="$runs"
