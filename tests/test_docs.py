@@ -17,7 +17,7 @@ from coconut.__main__ import builder
 
 PAGES = [
     page
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "tests/**/*.md")
+    for pattern in ("*.md", "benchmarks/*.md", "docs/*.md", "examples/*.md", "tests/**/*.md")
     for page in sorted(ROOT.glob(pattern))
     if page.name != "CHANGELOG.md"
 ]
