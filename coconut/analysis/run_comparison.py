@@ -120,8 +120,9 @@ def grouped(runs: Sequence[ComparableRun]) -> list[Group]:
         for one, other in pairwise(alike):
             if one.seed == other.seed:
                 raise ValueError(
-                    f"{one.folder} and {other.folder} are the same run made twice: {one.record.method} with the same "
-                    f"settings and seed={one.seed}. Name only one of them."
+                    f"{one.folder} and {other.folder} have the same method ({one.record.method}), settings and "
+                    f"seed={one.seed}: one run made twice, or two that differ only in the seed of what they began "
+                    "from. Name only one of them."
                 )
     groups, order = [], list(METHODS)
     kinds = {run.record.method: order.index(run.method) for run in runs}

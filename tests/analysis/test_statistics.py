@@ -405,7 +405,7 @@ def test_runs_are_named_once_and_exist(copy: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told):
             table(TableConfig(runs=names))
     shutil.copytree(one, copy / "again")
-    with pytest.raises(ValueError, match=r"again and .*cot-seed0 are the same run made twice: cot .* seed=0"):
+    with pytest.raises(ValueError, match=r"again and .*cot-seed0 have the same method \(cot\), settings and seed=0"):
         table(TableConfig(runs=[str(copy / "again"), one]))
     with pytest.raises(ValueError, match="Name the runs: runs="):
         TableConfig()
