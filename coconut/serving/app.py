@@ -110,7 +110,7 @@ class Service:
         except QueueFull:
             raise RefusedRequest(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"The queue of {self.config.max_queue} questions has no room for {len(questions)} more. Try again soon.",
+                f"The queue of {self.config.max_queue} questions has no room for {len(questions)} more. Try again.",
                 code="queue_full", headers={"Retry-After": "1"},
             ) from None  # fmt: skip
         gone = asyncio.create_task(_cancel_when_gone(request, pending))
