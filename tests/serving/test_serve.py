@@ -346,7 +346,9 @@ def test_a_bad_message_is_named(port: int, messages: list[Any], param: str) -> N
 def test_what_asks_for_nothing_is_taken(lm: LatentLM, port: int) -> None:
     nothing = {"logprobs": False, "tools": [], "frequency_penalty": 0.0, "stop": None, "user": "me", "top_p": 1}
     content = [{"type": "text", "text": "5 "}, {"type": "text", "text": "6 7"}]
-    status, body, _ = post(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **nothing})
+    status, body, _ = post(
+        port, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **nothing}
+    )
     assert status == 200, body
     assert body["choices"][0]["message"]["content"] == answer(lm, [QUESTION]).texts[0].strip()
     status, body, _ = post(port, "/v1/completions", {"prompt": "5 unheard"})
