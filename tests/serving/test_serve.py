@@ -421,34 +421,42 @@ def slowly(lm: LatentLM, seconds: float) -> Any:
     return lm.base.register_forward_hook(lambda *_: time.sleep(seconds))
 
 
-def test_queue_time_and_clients_that_leave() -> None:
-    lm = build("llama", num_thoughts=1, max_new_tokens=60)
-    with served(lm, token=TOKEN, max_batch=1, max_queue=2, timeout=1.0) as port:
-        held = slowly(lm, 0.05)
-        left = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+def test_a_full_queue_refuses_and_clients_that_leave_are_dropped(lm: LatentLM) -> None:
+    with served(lm, token=TOKEN, max_batch=1, max_queue=2) as port:
+        held = slowly(lm, 0.1)
         body = json.dumps({"prompt": QUESTION, "max_tokens": 60}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        for number, connection in enumerate(left):
+        connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        for number, connection in enumerate(connections):
             connection.sendall(head.encode() + body)
             wait_for(port, answering=1, waiting=number)
         status, content, headers = post(port, "/v1/completions", {"prompt": QUESTION})
         assert (status, content["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
-        for connection in left:  # one answer of 3 seconds and more, and two that wait for it
+        begun = time.monotonic()
+        for connection in connections:  # one whose answer takes 6 seconds and more, and two that wait for it
             connection.close()
         wait_for(port, answering=0, waiting=0)
-        status, content, headers = post(port, "/v1/completions", {"prompt": QUESTION})
-        assert (status, content["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
-        with client_of(port) as client, pytest.raises(openai.APIError, match="no complete answer within 1 s"):
-            list(asked_as_chat(client, stream=True))
+        assert time.monotonic() - begun < 5
         held.remove()
+        asked = {"prompt": QUESTION, "max_tokens": 3}
         expected = answer(lm, [QUESTION], max_new_tokens=3).texts[0].strip()
-        assert post(port, "/v1/completions", {"prompt": QUESTION, "max_tokens": 3})[1]["choices"][0]["text"] == expected
+        assert post(port, "/v1/completions", asked)[1]["choices"][0]["text"] == expected
+
+
+def test_an_answer_that_takes_too_long_is_an_error(lm: LatentLM) -> None:
+    with served(lm, timeout=0.5) as port, client_of(port) as client:
+        held = slowly(lm, 0.1)
+        status, content, headers = post(port, "/v1/completions", {"prompt": QUESTION, "max_tokens": 60})
+        assert (status, content["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
+        with pytest.raises(openai.APIError, match=r"no complete answer within 0\.5 s"):
+            list(asked_as_chat(client, stream=True, max_tokens=60))
+        held.remove()
 
 
 def wait_for(port: int, **state: int) -> None:
     """Until /health says so."""
-    end = time.monotonic() + 0.9  # before the time of a request is over
+    end = time.monotonic() + 30
     while True:
         connection = HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/health")
