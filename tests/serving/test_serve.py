@@ -17,14 +17,18 @@ from typing import Any
 import openai
 import pytest
 import torch
-from helpers.models import build, hybrid
+from helpers.models import build, hybrid, subject
 from helpers.processes import forked_command
+from transformers import AutoModelForCausalLM
 
 from coconut import LatentLM
+from coconut.analysis.interactive import InteractiveModel
 from coconut.config import EngineConfig, Precision
 from coconut.data.tokenization import encode_chat, encode_questions
 from coconut.generation.generate import answer, logit_lens
+from coconut.hub.folder import write_folder
 from coconut.methods import PromptFormat
+from coconut.runs.loading import load_model
 from coconut.serving.batching import Batcher, Job, cut_at, settled
 from coconut.serving.config import ServeConfig
 from coconut.serving.protocol import Settings
@@ -99,6 +103,27 @@ def test_answers_and_counts_are_those_of_the_package(lm: LatentLM, client: opena
         assert usage.total_tokens == len(ids) + written
         assert usage.completion_tokens_details.reasoning_tokens == 2
         assert chat.choices[0].finish_reason == ("length" if out.truncated[0] else "stop")
+
+
+def test_four_ways_to_ask_give_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, transformers with the exported folder, the demo, and the server with that folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    lm, folder = build("llama", torch.float32, num_thoughts=2, max_new_tokens=8), tmp_path / "tiny"
+    write_folder(lm, folder, "")
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    demo = InteractiveModel(subject(lm, []), {})
+    opened = load_model(str(folder), "best", EngineConfig(device="cpu", threads=1))
+    with served(opened) as port, client_of(port) as client:
+        for question in QUESTIONS[:4]:
+            ids = torch.tensor(encode_questions(lm.tokenizer, [question], lm.reasoning.format))
+            new = exported.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
+            ways = [
+                answer(lm, [question]).texts[0].strip(),
+                str(lm.tokenizer.decode(new, skip_special_tokens=True)).strip(),
+                demo.ask(question)["after"][2]["text"],
+                asked_as_chat(client, question).choices[0].message.content,
+            ]
+            assert len(set(ways)) == 1, ways
 
 
 def test_thoughts_are_decoded_and_counted(lm: LatentLM, client: openai.OpenAI) -> None:
