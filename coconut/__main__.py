@@ -8,7 +8,19 @@ import sys
 from coconut.utils.hydra_app import exits_cleanly, help_line, nearest, refuse_namesake
 from data_builders.evaluation_sets import EVALUATION_SETS
 
-COMMANDS = ("train", "evaluate", "generate", "analyze", "demo", "export", "rl", "rollout", "reward", "adaptive")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "analyze",
+    "demo",
+    "serve",
+    "export",
+    "rl",
+    "rollout",
+    "reward",
+    "adaptive",
+)
 BUILDERS = ("prosqa", "prontoqa", "gsm8k", "gsm8k_aug_nl", "pointers", "import", *EVALUATION_SETS)
 DATA = "Make a data set: coconut data NAME. Without a name, list the builders."
 LM_EVAL = "Run lm-evaluation-harness with the model coconut: coconut lm_eval run --model coconut ..."

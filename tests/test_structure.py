@@ -14,7 +14,7 @@ from helpers.processes import python
 
 PACKAGE = ROOT / "coconut"
 COMMANDS = [
-    "analyze", "demo", "evaluate", "export", "generate", "lm_eval", "reward", "rollout", "train", "__main__",
+    "analyze", "demo", "evaluate", "export", "generate", "lm_eval", "reward", "rollout", "serve", "train", "__main__",
 ]  # fmt: skip
 LAYERS = [
     ["utils"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["generation", "objectives"],
     ["evaluation", "completions"],
     ["runs"],
-    ["hub", "analysis"],
+    ["hub", "analysis", "serving"],
     ["reporting"],
     ["training"],
     ["rewards"],

@@ -165,26 +165,54 @@ def around_questions(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFo
     """
     if not prompt_format.chat:
         return _start_ids(tokenizer), []
+    before, after = _around_messages(tokenizer, ["user"])
+    return before, after
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[tuple[str, str]], prompt_format: PromptFormat
+) -> list[int]:
+    """Token ids of a conversation, pairs of role and text, in the tokenizer's chat template, up to the answer.
+
+    Of a single user's message they are those of `encode_questions`. The name of a special token inside a message is
+    encoded as ordinary text. Raises ValueError as `around_questions` does.
+    """
+    around = _around_messages(tokenizer, [role for role, _ in messages])
+    texts = [PromptFormat.fill(prompt_format.question, text) if role == "user" else text for role, text in messages]
+    inside = [*encode_texts(tokenizer, texts), []]
+    return [token for before, ids in zip(around, inside, strict=True) for token in (*before, *ids)]
+
+
+def _around_messages(tokenizer: PreTrainedTokenizerFast, roles: Sequence[str]) -> list[list[int]]:
+    """Token ids of the chat template before each of the messages of these roles, and after the last."""
     if not tokenizer.chat_template:
         raise ValueError(
             "data.format.chat=true, but the tokenizer has no chat template. Use that of an instruct model."
         )
-    placeholder = "[the question stands here]"
-    messages = [{"role": "user", "content": placeholder}]
+    placeholders = [
+        f"[the {'question' if role == 'user' else role} stands here{' ' * n}]" for n, role in enumerate(roles)
+    ]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, placeholders, strict=True)]
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the template's own code raises
+        what = "a single user message" if len(roles) == 1 else f"messages of {', '.join(roles)}"
         raise ValueError(
-            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} fails for a single user message with "
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} fails for {what} with "
             f"{type(error).__name__}: {error}\nFix the template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json) in a copy of the folder, or set data.format.chat=false."
         ) from error
-    if text.count(placeholder) != 1:
-        raise ValueError(
-            f"The tokenizer's chat template contains the question {text.count(placeholder)} times, not once: {text!r}"
-        )
-    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(placeholder))
-    return list(before), list(after)
+    parts, rest = [], text
+    for role, placeholder in zip(roles, placeholders, strict=True):
+        if text.count(placeholder) != 1 or placeholder not in rest:
+            name = "question" if role == "user" else f"message of {role}"
+            raise ValueError(
+                f"The tokenizer's chat template contains the {name} {text.count(placeholder)} times, not once and in "
+                f"its place: {text!r}"
+            )
+        before, rest = rest.split(placeholder)
+        parts.append(before)
+    return [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (*parts, rest)]
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

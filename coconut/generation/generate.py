@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from coconut.generation.keyed_random import Key, KeyedSampling, Stream, choose, 
 from coconut.generation.options import PASSTHROUGH, generation_settings, refuse_unkeyed
 from coconut.generation.soft_thinking import SoftThoughts
 from coconut.generation.thoughts import NO_NOISE, StopCriterion, ThoughtNoise, think
+from coconut.generation.watching import Watcher, Watching
 from coconut.methods import Reasoning, Slot, Update
 from coconut.utils.torch_utils import eval_mode
 
@@ -83,6 +84,7 @@ def generate(
     prefix_ids: Tensor | None = None,
     log_probs: bool = False,
     random_keys: Sequence[Key] | None = None,
+    watchers: Sequence[Watcher] | None = None,
     **options: Any,
 ) -> Generated:
     """Answer questions (B, T) of any lengths, padded on either side.
@@ -116,6 +118,9 @@ def generate(
     adjacent. An answer then depends on its question and key alone (up to rounding). Of the settings that choose tokens
     at random, temperature, top_k and top_p are supported with keys.
 
+    `watchers`, one for each answer in the order of the keys, see its tokens one by one as they are chosen, and may end
+    it. They go with `random_keys`.
+
     `options` are those of transformers' generate that choose tokens and end answers (`options.py`), one by one or in a
     `generation_config`; and `streamer` (for one question; it also gets the prompt, so set skip_prompt=True),
     `stopping_criteria`, `logits_processor`, `prefix_allowed_tokens_fn`. The base model's own generation settings are
@@ -125,8 +130,8 @@ def generate(
     none, for `thoughts` or `num_thoughts` of a wrong shape, for noise below 0, for dropout outside of 0 to below 1, for
     either with given thoughts, for Soft Thinking with thoughts, modes or gates of the model's own, with a prefix, or
     without an answer's mark, for an unknown mode or option, for a prefix of a model with gates, for several answers
-    without do_sample, noise or dropout, for several to one streamer, or for a number of `random_keys` other than that
-    of the answers.
+    without do_sample, noise or dropout, for several to one streamer, for a number of `random_keys` or `watchers` other
+    than that of the answers, or for watchers without keys.
     """
     requested, noise = {**options, "max_new_tokens": max_new_tokens}, ThoughtNoise(thought_noise, thought_dropout)
     samples, options = generation_settings(requested, lm.reasoning.max_new_tokens, len(input_ids), noisy=bool(noise))
@@ -135,10 +140,17 @@ def generate(
     if not is_question_BT.any(1).all():
         raise ValueError(f"Question {int(is_question_BT.sum(1).argmin()) + 1} is empty.")
     samples_B = torch.full((len(ids_BT),), samples)
-    keys = None
+    own = None
     if random_keys is not None:
         refuse_unkeyed(options, len(random_keys), len(ids_BT) * samples)
-        keys = [list(random_keys[first : first + samples]) for first in range(0, len(random_keys), samples)]
+    if watchers is not None and len(watchers) != len(random_keys or ()):
+        raise ValueError(
+            f"There are {len(watchers)} watchers for {len(random_keys or ())} random_keys. Give one of each for each "
+            "answer."
+        )
+    if random_keys is not None:
+        flat_own = [_Own(*pair) for pair in zip(random_keys, watchers or [None] * len(random_keys), strict=True)]
+        own = [flat_own[first : first + samples] for first in range(0, len(flat_own), samples)]
     if prefix_ids is not None and lm.gates:
         raise ValueError(
             "prefix_ids: this model mixes what it expected into each word that it writes, and of words that were given "
@@ -159,7 +171,7 @@ def generate(
             thinking: dict[str, Any] = {
                 "thoughts": thoughts, "noise": noise, "stop": stop, "soft": soft and soft.settings,
             }  # fmt: skip
-            batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, keys
+            batch = ids_BT, is_question_BT, counts_B, prefix_BW, samples_B, own
             answers = _answers(lm, lm.reasoning, *batch, options, **thinking)
         elif num_thoughts is not None or thoughts is not None or noise or stop is not None:
             raise ValueError(
@@ -169,7 +181,7 @@ def generate(
         elif prefix_ids is not None and mode is None:
             raise ValueError("prefix_ids: an answer that has begun is in a mode already. Name it with mode=...")
         else:
-            answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, keys, options)
+            answers = _answers_in_modes(lm, ids_BT, is_question_BT, mode, prefix_BW, samples_B, own, options)
     flat = [answer for several in answers for answer in several]
     return _collate(lm, flat, options, noisy=thought_noise != 0, mark=soft and soft.mark)
 
@@ -189,7 +201,7 @@ def _answers_in_modes(
     mode: str | Sequence[str] | None,
     prefix_BW: Tensor,
     samples_B: Tensor,
-    keys: list[list[Key]] | None,
+    own: list[list[_Own]] | None,
     options: dict[str, Any],
 ) -> list[list[_Answer]]:
     """`_answers` after the control token of a mode, which the model chooses or `mode` forces."""
@@ -201,8 +213,8 @@ def _answers_in_modes(
         if len(forced) != B or not set(forced) <= set(modes):
             raise ValueError(f"mode={mode} is not one of {', '.join(modes)}, or one of them for each of {B} questions.")
         chosen_BS = torch.tensor([[modes.index(name)] for name in forced]).expand(B, most)
-    elif options.get("do_sample") and keys is not None:
-        uniform_BS = uniform([key for several in keys for key in several], Stream.mode, 1).view(B, most)
+    elif options.get("do_sample") and own is not None:
+        uniform_BS = uniform([each.key for several in own for each in several], Stream.mode, 1).view(B, most)
         chosen_BS = torch.stack([choose(log_probs_BM, uniform_B) for uniform_B in uniform_BS.unbind(1)], dim=1).cpu()
     elif options.get("do_sample"):
         chosen_BS = torch.multinomial(log_probs_BM.exp(), most, replacement=True).cpu()
@@ -222,12 +234,12 @@ def _answers_in_modes(
         counts_R = torch.full((len(rows),), reasoning.num_thoughts, device=ids_BT.device)
         places = [is_chosen_BS[row].nonzero()[:, 0].tolist() for row in rows.tolist()]
         of_mode = None
-        if keys is not None:
-            of_mode = [[keys[row][place] for place in own] for row, own in zip(rows.tolist(), places, strict=True)]
+        if own is not None:
+            of_mode = [[own[row][place] for place in those] for row, those in zip(rows.tolist(), places, strict=True)]
         new = _answers(lm, reasoning, prompts, is_token, counts_R, prefix_BW[rows], times_B[rows], of_mode, options)
-        for row, own, several in zip(rows.tolist(), places, new, strict=True):
+        for row, those, several in zip(rows.tolist(), places, new, strict=True):
             log_prob = None if log_probs_BM is None else float(log_probs_BM[row, number])
-            for place, answer in zip(own, several, strict=True):
+            for place, answer in zip(those, several, strict=True):
                 answer.mode, answer.mode_log_prob = name, log_prob
                 answers[row][place] = answer
     return [[by_sample[place] for place in sorted(by_sample)] for by_sample in answers]
@@ -241,7 +253,7 @@ def _answers(
     counts_B: Tensor,
     prefix_BW: Tensor,
     samples_B: Tensor,
-    keys: list[list[Key]] | None,
+    own: list[list[_Own]] | None,
     options: dict[str, Any],
     *,
     thoughts: Tensor | None = None,
@@ -272,9 +284,9 @@ def _answers(
     for limit, count in groups_BC.unique(dim=0).tolist():
         rows = ((limits_B == limit) & (counts_B == count)).nonzero()[:, 0]
         samples_R = samples_B[rows.cpu()]
-        keys_R = None if keys is None else [keys[row] for row in rows.tolist()]
+        own_R = None if own is None else [own[row] for row in rows.tolist()]
         if noise:
-            keys_R = keys_R and [[key] for several in keys_R for key in several]
+            own_R = own_R and [[each] for several in own_R for each in several]
             rows = rows.repeat_interleave(samples_R.to(rows.device))
             samples_R = torch.ones(len(rows), dtype=torch.long)
         width = int(lengths_B[rows].max())
@@ -283,7 +295,7 @@ def _answers(
         limited = {**options, "max_new_tokens": limit}
         prefix = prefix_BW[rows]
         thinking: dict[str, Any] = {"thoughts": fed, "noise": noise, "stop": stop, "soft": soft}
-        new = _think_and_decode(lm, reasoning, ids, is_token, count, prefix, samples_R, keys_R, limited, **thinking)
+        new = _think_and_decode(lm, reasoning, ids, is_token, count, prefix, samples_R, own_R, limited, **thinking)
         for row, several in zip(rows.tolist(), new, strict=True):
             answers[row] += several
     return answers
@@ -392,6 +404,13 @@ def _stop_strings(options: dict[str, Any]) -> Sequence[str]:
     return [given] if isinstance(given, str) else given
 
 
+class _Own(NamedTuple):
+    """What one answer has of its own in the batch."""
+
+    key: Key
+    watcher: Watcher | None
+
+
 @dataclass
 class _Answer:
     tokens: list[int]
@@ -421,7 +440,7 @@ def _think_and_decode(
     count: int,
     prefix_BW: Tensor,
     samples_B: Tensor,
-    keys: list[list[Key]] | None,
+    own: list[list[_Own]] | None,
     options: dict[str, Any],
     *,
     thoughts: Tensor | None,
@@ -447,11 +466,11 @@ def _think_and_decode(
     if not prefilled:  # a question of one token, with nothing after it
         table: Any = lm.base.get_input_embeddings()
         none_KD = torch.zeros(0, table.embedding_dim)
-        decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, keys, options)
+        decoded = _decode(lm, prompt_BT, is_token_BT, lm.new_cache(reserve), samples_B, own, options)
         return [[_Answer(new, none_KD, none_KD, limit, *recorded) for new, recorded in several] for several in decoded]
     thinking: dict[str, Any] = {"thoughts": thoughts, "noise": noise, "stop": stop, "reserve": reserve}
-    if noise and keys is not None:
-        thinking["random_keys"] = [key for [key] in keys]
+    if noise and own is not None:
+        thinking["random_keys"] = [each.key for [each] in own]
     if soft:
         thinking["soft"] = SoftThoughts(lm, soft)
     state = think(lm, prompt_BT[:, :prefilled], is_token_BT[:, :prefilled], count, **thinking)
@@ -465,8 +484,8 @@ def _think_and_decode(
         columns = [*range(prefilled + n), *range(prefilled + count, prompt_BT.shape[1])]  # with <eot> and the prefix
         prompts, masks = prompt_BT[rows][:, columns], is_token_BT[rows][:, columns]
         _extend_cache(lm, prompts[:, :-1], masks[:, :-1], cache, prefilled + n)
-        keys_R = None if keys is None else [keys[row] for row in rows.tolist()]
-        decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], keys_R, options)
+        own_R = None if own is None else [own[row] for row in rows.tolist()]
+        decoded = _decode(lm, prompts, masks, cache, samples_B[rows.cpu()], own_R, options)
         for row, several in zip(rows.tolist(), decoded, strict=True):
             fed, means = (part[row, :n].float().cpu() for part in (state.thoughts, state.means))
             answers[row] = [_Answer(new, fed, means, limit, *recorded) for new, recorded in several]
@@ -483,7 +502,7 @@ def _extend_cache(lm: LatentLM, ids_BT: Tensor, is_token_BT: Tensor, cache: Any,
 
 
 def _decode(
-    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, keys: list[list[Key]] | None,
+    lm: LatentLM, prompt_BT: Tensor, is_token_BT: Tensor, cache: Any, samples_B: Tensor, own: list[list[_Own]] | None,
     options: dict[str, Any],
 ) -> list[list[tuple[list[int], tuple[Tensor, Tensor]]]]:  # fmt: skip
     """For each prompt `samples_B` times: its new tokens; if options["log_probs"], their log-probabilities and what
@@ -505,15 +524,21 @@ def _decode(
         criteria = passed_through.get("stopping_criteria", ())
         stops = StopStrings(lm.tokenizer, texts, prompt_BT.shape[1])
         passed_through["stopping_criteria"] = StoppingCriteriaList([*criteria, stops])
+    flat_own = [each for several in own or () for each in several]
+    watching = None
+    if watchers := [each.watcher for each in flat_own if each.watcher]:
+        others = passed_through.get("stopping_criteria", ())
+        watching = Watching(watchers, special.eos, prompt_BT.shape[1], others)
+        passed_through["stopping_criteria"] = StoppingCriteriaList([watching])
     options = {name: value for name, value in options.items() if name not in {*PASSTHROUGH, "stop_strings"}}
     suppressed = options.pop("suppress_tokens", ())
     recorder = _Recorder(options.get("temperature") or 1.0) if options.pop("log_probs") else None
     gated = GatedDecoding(lm, len(prompt_BT)) if lm.gates else None
     added: list[Any] = [part for part in (gated, recorder) if part]
-    if keys is not None and options.pop("do_sample", False):
+    if flat_own and options.pop("do_sample", False):
         settings = {name: options.pop(name) for name in KeyedSampling.SETTINGS if name in options}
-        flat = [key for several in keys for key in several]
-        added.append(KeyedSampling(flat, prompt_BT.shape[1], options["max_new_tokens"], **settings))
+        keys = [each.key for each in flat_own]
+        added.append(KeyedSampling(keys, prompt_BT.shape[1], options["max_new_tokens"], **settings))
     if added:
         processors = passed_through.get("logits_processor", ())
         passed_through["logits_processor"] = LogitsProcessorList([*processors, *added])
@@ -540,7 +565,10 @@ def _decode(
     new = sequences[:, prompt_BT.shape[1] :]
     log_probs = recorder.log_probs(new) if recorder else new.new_zeros(len(new), 0)
     expected = gated.expected() if gated and recorder else [log_probs.new_zeros(0, 0)] * len(new)
-    rows = list(zip(new.tolist(), zip(log_probs.cpu(), expected, strict=True), strict=True))
+    tokens = new.tolist()
+    if watching:
+        tokens = [row[:length] for row, length in zip(tokens, watching.lengths, strict=True)]
+    rows = list(zip(tokens, zip(log_probs.cpu(), expected, strict=True), strict=True))
     ends = samples_B.cumsum(0).tolist()
     return [rows[end - count : end] for end, count in zip(ends, samples_B.tolist(), strict=True)]
 

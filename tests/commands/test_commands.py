@@ -49,13 +49,14 @@ from coconut.hub.config import ExportConfig
 from coconut.methods import METHODS, plan
 from coconut.rewards.config import RewardModelConfig
 from coconut.rl.config import RLConfig
+from coconut.serving.config import ServeConfig
 from coconut.utils.hydra_app import CONF_DIR, exits_cleanly, explain_error, to_dataclass
 from coconut.utils.overrides import as_arguments, as_override
 from data_builders.gsm8k import Gsm8kBuild
 from data_builders.importing import ImportBuild
 
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig, "analyze": AnalyzeConfig,
-           "export": ExportConfig, "demo": DemoConfig, "rl": RLConfig, "rollout": RolloutConfig,
+           "export": ExportConfig, "demo": DemoConfig, "serve": ServeConfig, "rl": RLConfig, "rollout": RolloutConfig,
            "reward": RewardModelConfig, "adaptive": AdaptiveConfig}  # fmt: skip
 for name, schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
