@@ -29,6 +29,10 @@ from coconut.hub.released_checkpoints import from_released
 from coconut.hub.releases import released_reasoning
 from coconut.methods import PromptFormat
 
+pytestmark = [  # what peft and, with the argument's older name, this file call in transformers
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 QUESTIONS = ["How many?", "Is Tom a cat? Every dog is a cat."]
 EOS, THOUGHTS, RANK, ALPHA, NEW_TOKENS = 1, 3, 4, 6, 5
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"]}
@@ -190,6 +194,7 @@ def test_exported_release_generates(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lm.base.dtype == lm.feedback.projector[0].weight.dtype == torch.float32
     untouched = stored["codi.base_model.model.transformer.ln_f.weight"]
     assert torch.equal(lm.base.state_dict()["transformer.ln_f.weight"], untouched.float())
+    capsys.readouterr()
     run_generate(GenerateConfig(run=str(output), question=QUESTIONS[0], max_new_tokens=NEW_TOKENS))
     assert capsys.readouterr().out.strip() == answer(lm, QUESTIONS[:1], max_new_tokens=NEW_TOKENS).texts[0].strip()
 
@@ -219,7 +224,6 @@ ATTENTION = f"{GPT2}h.0.attn.c_attn."
      ({f"{ATTENTION}lora_A.default.weight": torch.ones(4, 31)}, r"A \(4, 31\) and B .* do not fit .* \(32, 96\)"),
      ({f"{ATTENTION}lora_A.default.weight": torch.ones(5, 32)}, r"have the ranks \[4, 5\]"),
      ({f"{GPT2}wte.weight": torch.ones(40, 32)}, "has 40 embeddings; .* the released code adds 3"),
-     ({"codi.base_model.model.lm_head.weight": torch.ones(0)}, "differ, which are one weight here|there and"),
      ({"decoder.lm_head.weight": torch.ones(2)}, "SIM-CoT on CODI .* does not train codi. Set method=sim_cot_codi"),
      ({f"{GPT2}wte.weight": None, "codi.base_model.model.lm_head.weight": None}, "are not those of a gpt2")],
 )  # fmt: skip
