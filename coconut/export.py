@@ -37,15 +37,11 @@ def run(config: ExportConfig) -> int:
 
 
 def _released(config: ExportConfig) -> tuple[LatentLM, str]:
-    """Convert a checkpoint of the original Coconut code. Gives the model and its card."""
+    """Convert a checkpoint of released code. Gives the model and its card."""
     from coconut.hub.model_card import card
     from coconut.hub.released_checkpoints import from_released
-    from coconut.methods import Curriculum, Reasoning, plan
 
-    stages = Curriculum(max_stage=config.stage or 0, thoughts_per_step=config.thoughts_per_step, total_length=10**6)
-    planned = plan(config.method, stages)
-    reasoning = Reasoning.at(planned, planned.stages[-1])
-    lm = from_released(config.released, config.base, reasoning, config.tokenizer)
+    lm = from_released(config.released, config.base, config.reasoning(), config.tokenizer, lora_alpha=config.lora_alpha)
     return lm, card(lm, name=config.push)
 
 

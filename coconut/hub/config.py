@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coconut.config import EngineConfig, at_least
-from coconut.methods import METHODS, Curriculum, plan
-from coconut.utils.overrides import PathName, Place
+from coconut.hub.releases import released_reasoning
+from coconut.methods import Reasoning, get_method
+from coconut.utils.overrides import PathName, Place, Template
 
 
 @dataclass
 class ExportConfig:
     run: PathName = ""
     checkpoint: str = "best"
-    released: PathName = ""  # instead of a run: a checkpoint of the code released with the paper
+    released: PathName = ""  # instead of a run: a checkpoint of released code, a file or a folder
     base: Place = ""  # its base model, for config and tokenizer; for a LoRA run the name of the base to record
     tokenizer: Place = ""  # by default the base's
     method: str = "coconut"  # how the released checkpoint was trained
     stage: int | None = None
     thoughts_per_step: int = 1
+    num_thoughts: int | None = None  # of methods without stages
+    lora_alpha: float | None = None  # of a released checkpoint with LoRA weights
+    question: Template = ""  # template of a question, if it is not the release's
     output: PathName = ""
     merge: bool = True  # merge LoRA corrections into the weights
     max_shard_size: str = "5GB"  # of a file of weights
@@ -33,8 +37,11 @@ class ExportConfig:
             raise ValueError("Name the folder to write with output=FOLDER.")
         if self.released and not self.base:
             raise ValueError("Name the model that the checkpoint was trained from with base=NAME (for its config).")
-        at_least("", self, stage=0, thoughts_per_step=0)
-        plan(self.method, Curriculum())
-        if self.released and self.stage is None and not METHODS[self.method].slot.is_empty:
-            raise ValueError(f"Say in which stage the checkpoint was written, stage=K: {self.method} has thoughts or "
-                             "pauses according to it.")  # fmt: skip
+        at_least("", self, stage=0, thoughts_per_step=0, num_thoughts=1)
+        get_method(self.method)
+        if self.released:
+            self.reasoning()
+
+    def reasoning(self) -> Reasoning:
+        """How the released model is asked."""
+        return released_reasoning(self.method, self.stage, self.thoughts_per_step, self.num_thoughts, self.question)

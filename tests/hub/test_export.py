@@ -292,7 +292,7 @@ def test_wrong_released_files_are_refused(base: Path, tmp_path: Path) -> None:
     save_released(base, file)
     state, name = torch.load(file, weights_only=True), "base_causallm.transformer.h.0.mlp.c_fc.weight"
     broken: list[tuple[dict[Any, torch.Tensor], str]] = [
-        ({"base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}, "1 too many"),
+        ({"base_causallm.transformer.h.9.ln_1.weight": torch.zeros(32)}, "1 is too many"),
         ({name: state[name][:, :-1]}, r"h\.0\.mlp\.c_fc\.weight is \(32, 127\) there and \(32, 128\) here"),
         ({5: torch.zeros(1)}, "no state dict"),
     ]
@@ -317,7 +317,7 @@ def test_released_head_may_be_missing_only_if_tied(base: Path, tmp_path: Path, t
     if tied:
         assert from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2)).latent_id
     else:
-        with pytest.raises(ValueError, match=r"1 are missing \(lm_head\.weight\)"):
+        with pytest.raises(ValueError, match=r"1 is missing \(base_causallm\.lm_head\.weight\)"):
             from_released(tmp_path / "file", str(base), Reasoning(num_thoughts=2))
 
 
@@ -380,7 +380,7 @@ def test_saved_model_evaluates_like_its_run(trained_run: Path, tmp_path: Path, m
     ("values", "message"),
     [({}, "either run=DIR"), ({"run": "a", "released": "b"}, "either run=DIR"), ({"run": "a"}, "output=FOLDER"),
      ({"released": "a", "output": "b"}, "base=NAME"),
-     ({"released": "a", "output": "b", "base": "c", "method": "pause"}, "stage=K: pause has thoughts or pauses"),
+     ({"released": "a", "output": "b", "base": "c", "method": "coconut"}, "stage=K: coconut has thoughts"),
      ({"run": "a", "output": "b", "method": "x"}, "'?x'?")],
 )  # fmt: skip
 def test_missing_export_keys_are_refused(values: dict[str, Any], message: str) -> None:
