@@ -110,7 +110,7 @@ def test_four_ways_to_ask_give_one_answer(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     lm, folder = build("llama", torch.float32, num_thoughts=2, max_new_tokens=8), tmp_path / "tiny"
     write_folder(lm, folder, "")
-    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    exported: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     demo = InteractiveModel(subject(lm, []), {})
     opened = load_model(str(folder), "best", EngineConfig(device="cpu", threads=1))
     with served(opened) as port, client_of(port) as client:
@@ -208,7 +208,7 @@ def test_a_chat_template_takes_history_and_system_messages() -> None:
     history = [("system", "8 8"), ("user", "5 6"), ("assistant", "7"), ("user", "8")]
     ids = encode_chat(lm.tokenizer, history, lm.reasoning.format)
     written = "3 4 8 8 9 1 2 5 6 9 3 4 7 9 1 2 8 9 7 7"
-    assert lm.tokenizer.decode(ids).split() == written.split()
+    assert str(lm.tokenizer.decode(ids)).split() == written.split()
     assert encode_chat(lm.tokenizer, [("user", "5 6")], lm.reasoning.format) == encode_questions(
         lm.tokenizer, ["5 6"], lm.reasoning.format
     )[0]  # fmt: skip
