@@ -38,7 +38,7 @@ def run_file(config: EvaluateConfig, data: dict[str, Any], world: World) -> int:
     from coconut.data.datasets import file_of_split
     from coconut.data.examples import read_examples
     from coconut.evaluation.evaluator import task_of
-    from coconut.evaluation.record import file_stem, non_default_settings
+    from coconut.evaluation.record import are_default, file_stem, non_default_settings
 
     judge = config.judge or data["task"]
     task = task_of({"task": judge})
@@ -50,7 +50,7 @@ def run_file(config: EvaluateConfig, data: dict[str, Any], world: World) -> int:
     evaluator.evaluate(
         "-".join([file_stem(config, file), *settings]), selected, task, file=file,
         left_out=len(examples) - len(selected.examples), judge=judge,
-        default_settings=not settings,
+        default_settings=are_default(settings),
     )  # fmt: skip
     return 0
 

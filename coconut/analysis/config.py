@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from coconut.config import DataFiles, EngineConfig, at_least, needs_run
+from coconut.config import DataFiles, EngineConfig, Precision, at_least, needs_run
 from coconut.evaluation.config import SuiteConfig
 from coconut.utils.overrides import PathName
 
@@ -68,6 +68,7 @@ class TableConfig:
     runs: list[PathName] = field(default_factory=list)  # folders, or patterns of folders
     split: str = "test"  # or the name of another evaluation that all runs have
     suite: SuiteConfig = field(default_factory=SuiteConfig)  # in place of one evaluation: one for each set
+    precision: Precision = Precision.float32  # in which the suite was evaluated
     sampled: PathName = ""  # in place of these: a pattern of names of sampled evaluations, compared at equal passes
     output: PathName | None = None  # a folder; by default the common parent of the runs
 
@@ -79,6 +80,11 @@ class TableConfig:
             raise ValueError(f"sampled={self.sampled} and {other} are both given: compare one of them.")
         if self.suite.sets and self.split != "test":
             raise ValueError(f"suite={self.suite.name} and split={self.split} are both given: compare one of them.")
+        if self.precision is not Precision.float32 and not self.suite.sets:
+            raise ValueError(
+                f"precision={self.precision.value} is for a suite. Of a single evaluation it is part of the name: "
+                f"split=test-{self.precision.value}."
+            )
 
 
 @dataclass

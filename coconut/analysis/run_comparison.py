@@ -209,6 +209,8 @@ def command_of(config: TableConfig) -> str:
         runs = f"[{','.join(map(quoted, config.runs))}]"
     split = "" if config.split == TableConfig.split else f" split={shlex.quote(config.split)}"
     suite = f" suite={shlex.quote(config.suite.name)}" if config.suite.sets else ""
+    if config.precision is not TableConfig.precision:
+        suite += f" precision={config.precision.value}"
     sampled = f" sampled={shlex.quote(config.sampled)}" if config.sampled else ""
     return f"coconut analyze table runs={shlex.quote(runs)}{split}{suite}{sampled}"
 

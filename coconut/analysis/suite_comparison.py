@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 from coconut.analysis.comparable_runs import expand_patterns
 from coconut.analysis.config import TableConfig
@@ -42,7 +41,12 @@ def compare_suite(config: TableConfig) -> SuiteComparison:
     no set is common to all runs, or as `comparable_runs` does.
     """
     folders = expand_patterns(config.runs)
-    without = {name: [run for run in folders if not _result(run, name).is_file()] for name in config.suite.sets}
+    usual = config.precision is TableConfig.precision
+    named = {name: name if usual else f"{name}-{config.precision.value}" for name in config.suite.sets}
+    without = {
+        name: [run for run in folders if not (run / "evaluation" / f"{evaluation}.json").is_file()]
+        for name, evaluation in named.items()
+    }
     sets = [name for name, missing in without.items() if not missing]
     left_out = [
         f"{name} is left out, since these runs were not evaluated on it: {', '.join(map(str, missing))}."
@@ -50,10 +54,11 @@ def compare_suite(config: TableConfig) -> SuiteComparison:
         if missing
     ]
     if not sets:
-        commands = [f"coconut evaluate run={shlex.quote(str(run))} suite={config.suite.name}" for run in folders]
+        more = "" if usual else f" engine.precision={config.precision.value}"
+        commands = [f"coconut evaluate run={shlex.quote(str(run))} suite={config.suite.name}{more}" for run in folders]
         raise ValueError("\n".join([*left_out, "Nothing is left to compare. Evaluate first:", *commands]))
     command = command_of(config)
-    compared = corrected({name: compare_evaluations(config.runs, name, command) for name in sets})
+    compared = corrected({name: compare_evaluations(config.runs, named[name], command) for name in sets})
     _refuse_other_protocols(compared)
     said = {name: warnings_of(each.groups, each.pairs) for name, each in compared.items()}
     alike = Counter(warning for warnings in said.values() for warning in set(warnings))
@@ -88,8 +93,3 @@ def corrected(sets: Mapping[str, Comparison]) -> dict[str, Comparison]:
         )
         for name, compared in sets.items()
     }
-
-
-def _result(run: Path, name: str) -> Path:
-    """The result of a set with the default settings, as `coconut evaluate` writes it."""
-    return run / "evaluation" / f"{name}.json"

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from coconut.config import Precision
 from coconut.data.seen_questions import all_seen, describe_questions, seen_by
 from coconut.evaluation.config import EvaluateConfig, Sampling
 from coconut.evaluation.evaluator import EvalResult, Prediction
@@ -68,6 +69,11 @@ def non_default_settings(config: EvaluateConfig, default_judge: str | None) -> l
         found.append("-".join(["soft_thinking", *config.soft.non_default]))
     precision = config.engine.precision
     return found if precision is default.engine.precision else [*found, precision.value]
+
+
+def are_default(settings: list[str]) -> bool:
+    """Whether these are the default settings up to the precision, which the name of an evaluation has."""
+    return not set(settings) - {precision.value for precision in Precision}
 
 
 def file_stem(config: EvaluateConfig, file: str) -> str:

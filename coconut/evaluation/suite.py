@@ -13,6 +13,7 @@ from coconut.data.datasets import BuilderFailed, builders_code, file_of_set
 from coconut.data.examples import read_examples
 from coconut.evaluation.config import SuiteConfig
 from coconut.evaluation.file_evaluation import FileEvaluator
+from coconut.evaluation.record import are_default
 from coconut.tasks import TASKS
 from coconut.utils.console import log
 from coconut.utils.files import read_json, sha256
@@ -101,7 +102,8 @@ def _evaluate_set(
     seconds = evaluator.seconds_at_batch_1(selected, task, timed)
     return evaluator.evaluate(
         stem_of(name, settings), selected, task, file=file, left_out=len(examples) - len(selected.examples),
-        judge=key["judge"], default_settings=not settings, set=name, key=key, seconds_at_batch_1=seconds, timed=timed,
+        judge=key["judge"], default_settings=are_default(settings), set=name, key=key, seconds_at_batch_1=seconds,
+        timed=timed,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from coconut import evaluate
 from coconut.analysis.config import TableConfig
 from coconut.analysis.suite_comparison import compare_suite
-from coconut.config import DataFiles, EngineConfig, TaskName
+from coconut.config import DataFiles, EngineConfig, Precision, TaskName
 from coconut.data.datasets import file_of_set
 from coconut.evaluation.config import EvaluateConfig, SuiteConfig, SuiteSet
 from coconut.evaluation.suite import weights_digest
@@ -353,6 +353,20 @@ def test_runs_are_compared_on_every_set(folder: Path, capsys: pytest.CaptureFixt
     assert "8 of 8 4 of 10" in page, "the right answers of the run coconut on each set"
     with open(folder / "out" / "table-graphs.csv", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 4
+
+
+def test_runs_that_were_evaluated_in_bfloat16_are_compared(folder: Path) -> None:
+    runs = [str(folder / run) for run in ("coconut", "cot")]
+    for run in ("coconut", "cot"):
+        assert evaluate.run(asked(folder, run, engine=replace(CPU, precision=Precision.bfloat16))) == 0
+        score(folder / run, "near-bfloat16", [0] if run == "cot" else [])
+    config = TableConfig(runs=runs, suite=graphs(folder), precision=Precision.bfloat16)
+    compared = compare_suite(config)
+    assert list(compared.sets) == ["near", "far"]
+    assert compared.command.endswith(" suite=graphs precision=bfloat16")
+    assert dict(compared.pairs)["near"].difference == pytest.approx(1 / 8)
+    with pytest.raises(ValueError, match="split=test-bfloat16"):
+        TableConfig(runs=runs, precision=Precision.bfloat16)
 
 
 def test_tables_of_suites_refuse_what_cannot_be_compared(folder: Path) -> None:
