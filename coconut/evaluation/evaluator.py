@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from coconut.models.latent_lm import LatentLM
 
 
+SHORT = 4  # most answers have ended after this part of the limit of new tokens; the others are generated apart
+
+
 @dataclass
 class Prediction:
     """A question, its gold answer and the model's answer.
@@ -93,6 +96,9 @@ def evaluate(
 ) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
+    A batch takes as long as its longest answer. So answers that have not ended after a part of the limit of new tokens
+    are generated once more, together, with the whole limit.
+
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
     model computes. `stop`: a criterion that ends thinking early. `soft_thinking`: mixtures of words in place of the
     chain. `mode`: forced on a hybrid model (see `generate`).
@@ -109,26 +115,30 @@ def evaluate(
     predictions: dict[int, Prediction] = {}
     fed: dict[int, Tensor] = {}
     start_time = time.perf_counter()
-    own_indices = range(world.rank, len(examples), world.size)
-    for positions in longest_first([rows[i] for i in own_indices], batch_size):
-        if stop_requested:
-            break
-        world.set_activity("in an evaluation")
-        indices = [own_indices[position] for position in positions]
-        ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
-        given_thoughts = None if thoughts is None else thoughts[indices]
-        noise: dict[str, Any] = {}
-        if thought_noise:
-            noise = {"thought_noise": thought_noise, "random_keys": [(seed, i) for i in indices]}
-        out = lm.generate(
-            ids, mask, max_new_tokens=max_new_tokens, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
-            soft_thinking=soft_thinking, mode=mode, **noise,
-        )  # fmt: skip
-        for row, i in enumerate(indices):
-            predictions[i] = prediction_of(task, examples[i], writes(reasoning, soft_thinking), out, row)
-        # Clones, since views would keep the thoughts of the whole batch.
-        fed |= zip(indices, (thoughts.clone() for thoughts in out.thoughts), strict=True)
-        on_batch(len(predictions), sum(p.correct for p in predictions.values()))
+    own_indices = list(range(world.rank, len(examples), world.size))
+    limit = reasoning.max_new_tokens if max_new_tokens is None else max_new_tokens
+    for most in (max(limit // SHORT, 1), limit) if batch_size > 1 and limit > 1 else (limit,):
+        left = [i for i in own_indices if i not in predictions]
+        for positions in longest_first([rows[i] for i in left], batch_size):
+            if stop_requested:
+                break
+            world.set_activity("in an evaluation")
+            indices = [left[position] for position in positions]
+            ids, mask = pad_rows([rows[i] for i in indices], lm.special.pad)
+            given_thoughts = None if thoughts is None else thoughts[indices]
+            noise: dict[str, Any] = {}
+            if thought_noise:
+                noise = {"thought_noise": thought_noise, "random_keys": [(seed, i) for i in indices]}
+            out = lm.generate(
+                ids, mask, max_new_tokens=most, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
+                soft_thinking=soft_thinking, mode=mode, **noise,
+            )  # fmt: skip
+            for row, i in enumerate(indices):
+                if most == limit or not out.truncated[row]:
+                    predictions[i] = prediction_of(task, examples[i], writes(reasoning, soft_thinking), out, row)
+                    fed[i] = out.thoughts[row].clone()  # a view would keep the thoughts of the whole batch
+            if predictions:
+                on_batch(len(predictions), sum(p.correct for p in predictions.values()))
     if world.any_process(bool(stop_requested)):
         raise EvaluationInterrupted
     predictions = {i: p for part in world.all_gather_object(predictions) for i, p in part.items()}

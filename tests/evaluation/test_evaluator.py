@@ -26,6 +26,7 @@ from coconut.generation.config import GenerateConfig
 from coconut.generation.generate import Generated
 from coconut.methods import NOTHING, PromptFormat
 from coconut.runs.description import read_results
+from coconut.runs.loading import starting_point
 from coconut.tasks import TASKS
 from coconut.training.trainer import run as run_train
 from coconut.utils.files import read_json, sha256, write_json
@@ -72,7 +73,8 @@ def test_evaluate_counts_correct_answers_tokens_and_passes() -> None:
         Example("1 2 3 4", (), "7"),
         Example("1 2 3", ("s1",), "7"),
     ]
-    lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", "and on and on and on and on and on")
+    endless = "and on and on and on and on and on"
+    lm = saying("s2\n### 7", "s1\ns2\n### 7", "### 8", endless, endless)  # asked again, with the whole limit
     result, predictions, _ = evaluate(lm, TASKS["gsm8k"], examples, batch_size=2)
     assert [p.correct for p in predictions] == [True, True, False, False]
     assert [p.chain_match for p in predictions] == [True, False, None, None]
@@ -83,6 +85,28 @@ def test_evaluate_counts_correct_answers_tokens_and_passes() -> None:
     assert result.num_thoughts == 3
     assert result.truncated == 0.25
     assert result.chance_accuracy is None
+
+
+@pytest.mark.parametrize("limit", [1, 3, 12])
+def test_answers_that_are_generated_again_are_those_of_one_round(trained: Path, limit: int) -> None:
+    """In a batch long answers are generated once more with the whole limit, alone at once."""
+    lm = LatentLM.from_pretrained(starting_point(str(trained)))
+    examples = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(5, 12)]
+    asked: list[tuple[int, int]] = []
+
+    def generate(ids: Any, mask: Any, *, max_new_tokens: int, **options: Any) -> Generated:
+        asked.append((len(ids), max_new_tokens))
+        return LatentLM.generate(lm, ids, mask, max_new_tokens=max_new_tokens, **options)
+
+    alone = evaluate(lm, TASKS["prosqa"], examples, max_new_tokens=limit, batch_size=1)
+    lm.generate = generate
+    together = evaluate(lm, TASKS["prosqa"], examples, max_new_tokens=limit, batch_size=5)
+    assert together.predictions == alone.predictions
+    torch.testing.assert_close(together.thoughts, alone.thoughts)
+    again = sum(
+        prediction.new_tokens + (not prediction.truncated) > max(limit // 4, 1) for prediction in alone.predictions
+    )
+    assert sum(rows for rows, most in asked if most == limit) == (again if limit > 1 else len(examples))
 
 
 def test_interval_is_that_of_wilson() -> None:
