@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from coconut.models.latent_lm import LatentLM
-
-
-SHORT = 4  # most answers have ended after this part of the limit of new tokens; the others are generated apart
 
 
 @dataclass
@@ -96,8 +95,8 @@ def evaluate(
 ) -> Evaluated:  # fmt: skip
     """Answer every example with greedy decoding, longest questions first, and judge the answers.
 
-    A batch takes as long as its longest answer. So answers that have not ended after a part of the limit of new tokens
-    are generated once more, together, with the whole limit.
+    A batch takes as long as its longest answer. So answers that have not ended when most have (`_usual_length`) are
+    generated once more, together, with the whole limit of new tokens.
 
     `question_ids`: the encoded questions, if they are available. `thoughts` (N, K, D): fed instead of those that the
     model computes. `stop`: a criterion that ends thinking early. `soft_thinking`: mixtures of words in place of the
@@ -117,7 +116,7 @@ def evaluate(
     start_time = time.perf_counter()
     own_indices = list(range(world.rank, len(examples), world.size))
     limit = reasoning.max_new_tokens if max_new_tokens is None else max_new_tokens
-    for most in (max(limit // SHORT, 1), limit) if batch_size > 1 and limit > 1 else (limit,):
+    for whole in (False, True) if batch_size > 1 else (True,):
         left = [i for i in own_indices if i not in predictions]
         for positions in longest_first([rows[i] for i in left], batch_size):
             if stop_requested:
@@ -129,6 +128,7 @@ def evaluate(
             noise: dict[str, Any] = {}
             if thought_noise:
                 noise = {"thought_noise": thought_noise, "random_keys": [(seed, i) for i in indices]}
+            most = limit if whole else _usual_length(predictions.values(), limit)
             out = lm.generate(
                 ids, mask, max_new_tokens=most, num_thoughts=num_thoughts, thoughts=given_thoughts, stop=stop,
                 soft_thinking=soft_thinking, mode=mode, **noise,
@@ -147,6 +147,12 @@ def evaluate(
     ordered = [predictions[i] for i in range(len(examples))]
     thoughts_NKD = torch.nn.utils.rnn.pad_sequence([fed[i] for i in range(len(examples))], batch_first=True)
     return Evaluated(summarize(task, examples, ordered, seconds, reasoning.modes), ordered, thoughts_NKD)
+
+
+def _usual_length(predictions: Collection[Prediction], limit: int) -> int:
+    """New tokens within which most answers end: twice the median so far, a quarter of the limit if there is none."""
+    known = statistics.median(prediction.new_tokens for prediction in predictions) if predictions else limit / 8
+    return min(max(math.ceil(2 * known), 1), limit)
 
 
 def answer_key(task: Task, text: str, form: PromptFormat) -> Hashable | None:
