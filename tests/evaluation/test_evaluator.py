@@ -88,7 +88,9 @@ def test_evaluate_counts_correct_answers_tokens_and_passes() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 3, 12])
-def test_answers_that_are_generated_again_are_those_of_one_round(trained: Path, limit: int) -> None:
+def test_answers_that_are_generated_again_are_those_of_one_round(
+    trained: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a batch long answers are generated once more with the whole limit, alone at once."""
     lm = LatentLM.from_pretrained(starting_point(str(trained)))
     examples = [Example(row["question"], tuple(row["steps"]), row["answer"]) for row in graph_rows(5, 12)]
@@ -99,7 +101,7 @@ def test_answers_that_are_generated_again_are_those_of_one_round(trained: Path, 
         return LatentLM.generate(lm, ids, mask, max_new_tokens=max_new_tokens, **options)
 
     alone = evaluate(lm, TASKS["prosqa"], examples, max_new_tokens=limit, batch_size=1)
-    lm.generate = generate
+    monkeypatch.setattr(lm, "generate", generate)
     together = evaluate(lm, TASKS["prosqa"], examples, max_new_tokens=limit, batch_size=5)
     assert together.predictions == alone.predictions
     torch.testing.assert_close(together.thoughts, alone.thoughts)
