@@ -2,23 +2,24 @@
 # From a fresh clone to a pretrained model that reasons in continuous thoughts on GSM8K, on a CPU: SmolLM2 (135M) learns to
 # write its steps (CoT), then goes on with thoughts in their place; then it is evaluated, measured and asked.
 #
-#   bash launch/pretrained.sh [short=true] [methods=coconut] [model=PLACE] [data=FOLDER] [max_tokens=128] [seed=0]
+#   bash launch/pretrained.sh [short=true] [methods=coconut] [model=PLACE] [data=FOLDER] [sets=FOLDER] [max_tokens=96] [seed=0]
 #
 #   short      a few updates and questions, to see that everything works: minutes in place of hours
 #   methods    of coconut train, separated by commas; all: no_cot, coconut, pause_as_thought, without_thought, codi, pccot.
 #              cot is always trained. Every method takes equally many updates; those that begin with CoT's stage 0 share it
 #   model      a folder, a GGUF file, or OWNER/NAME of the hub; by default SmolLM2 is fetched
 #   data       a folder with GSM8K's train.jsonl and test.jsonl; by default they are fetched from the hub
+#   sets       a folder with gsm_hard.jsonl, svamp.jsonl and multiarith.jsonl, or hub: evaluate on these as well
 #
 # The same command again goes on with what was stopped, and leaves alone what is complete.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage="Usage: bash launch/pretrained.sh [short=true] [methods=coconut] [model=PLACE] [data=FOLDER] [max_tokens=128] [seed=0]"
-short=false methods=coconut model="" data="" max_tokens=128 seed=0
+usage="Usage: bash launch/pretrained.sh [short=true] [methods=coconut] [model=PLACE] [data=FOLDER] [sets=FOLDER] [max_tokens=96] [seed=0]"
+short=false methods=coconut model="" data="" sets="" max_tokens=96 seed=0
 for argument in "$@"; do
     case $argument in
-        short=true | short=false | methods=?* | model=?* | data=?* | max_tokens=[0-9]* | seed=[0-9]*)
+        short=true | short=false | methods=?* | model=?* | data=?* | sets=?* | max_tokens=[0-9]* | seed=[0-9]*)
             declare "${argument%%=*}=${argument#*=}" ;;
         *) echo "error: '$argument' is not known here. $usage" >&2; exit 2 ;;
     esac
@@ -62,12 +63,19 @@ if [ ! -f "$rows/gsm8k_manifest.json" ]; then
 fi
 
 runs=runs/$name-$max_tokens
-limit=() measured=(parts=[k_forcing,audit_thoughts,decoded,geometry] limit=64)
+precision=engine.precision=bfloat16 # as in training
+limit=() suite=() compared=(suite=math_words precision=bfloat16)
+questions=256
+case $sets in
+    "") compared=(split=test-bfloat16) ;;
+    hub) suite=(suite=math_words) ;;
+    *) suite=(suite=math_words suite.folder="$rows,$sets") ;;
+esac
 keys=(experiment=$experiment model.base="$model" data.prefix="$rows/gsm8k" seed="$seed")
 if [ "$short" = true ]; then
     runs=$runs-short
     keys+=(curriculum.stage0_length=30 curriculum.stage_length=5 curriculum.total_length=50 valid_limit=8 validate_every=1000)
-    limit=(limit=32) measured=(parts=[k_forcing,decoded,geometry] limit=16)
+    limit=(limit=32) questions=16
 fi
 curriculum=$("$python" -m coconut.train "${keys[@]}" --cfg job --package curriculum)
 setting() { awk -v key="$1:" '$1 == key { print $2 }' <<<"$curriculum"; }
@@ -89,20 +97,27 @@ for method in ${methods//,/ }; do
     made+=("$run")
 done
 
-echo "[5/6] Evaluation on GSM8K's test"
+echo "[5/6] Evaluation on GSM8K's test${sets:+, GSM-Hard, SVAMP and MultiArith}"
 for run in "${made[@]}"; do
-    "$python" -m coconut.evaluate run="$run" batch_size=32 ${limit[@]+"${limit[@]}"}
+    "$python" -m coconut.evaluate run="$run" batch_size=128 "$precision" ${suite[@]+"${suite[@]}"} ${limit[@]+"${limit[@]}"}
 done
 
 echo "[6/6] The table, what the thoughts do, and a question"
-[ "$short" = true ] || "$python" -m coconut.analyze table runs="${made[*]}" output="$runs"
-last=${made[${#made[@]} - 1]}
-"$python" -m coconut.analyze run="$last" batch_size=32 "${measured[@]}"
+[ "$short" = true ] || "$python" -m coconut.analyze table runs="${made[*]}" "${compared[@]}" output="$runs"
+for run in "${made[@]:1}"; do
+    parts=k_forcing,noise,geometry
+    case $run in
+        */no_cot-* | */without_thought-*) continue ;; # nothing stands between their questions and answers
+        */pause_as_thought-*) ;;
+        *) parts=$parts,audit_thoughts,decoded ;;
+    esac
+    "$python" -m coconut.analyze run="$run" parts="[$parts]" limit="$questions" batch_size=64 "$precision"
+done
 question="Tom has 6 apples. He buys 3 bags with 4 apples each and eats 2. How many apples does he have?"
 echo "Question: $question"
-for run in "${made[0]}" "$last"; do
+for run in "${made[@]}"; do
     echo "$(basename "$run"):"
     "$python" -m coconut.generate run="$run" question="$question"
 done
 coconut=$(dirname "${python#"$PWD"/}")/coconut
-echo "Ask it another one:  $coconut generate run=$last question=\"...\""
+echo "Ask another one:  $coconut generate run=${made[${#made[@]} - 1]} question=\"...\""
