@@ -68,7 +68,7 @@ def _lesson(kind: str, own_RK: Tensor, drawn_RK: Tensor) -> tuple[Tensor, Tensor
 
 
 @cache
-def planted_model(kind: str, steps: int = 300) -> LatentLM:
+def planted_model(kind: str, steps: int = 500) -> LatentLM:
     """A model that knows the answers to EXAMPLES by heart and whose thoughts are the embeddings of `symbols_of`."""
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
