@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_the_sentences_follow_the_planted_behaviour() -> None:
     assert "(number 1)" not in by_kind["last_only"]
     assert "keeping one alone clearly helps for number 3" in by_kind["last_only"]
     assert "With later thoughts kept as they were, more are right" in by_kind["step_by_step"]
+    assert re.search(r"larger than in a random direction: [^.]*2 → 3\.", by_kind["step_by_step"])
     for kind in ("ignores", "last_only"):
         assert "No thought clearly acts on a later one" in by_kind[kind]
 
