@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import socket
 import sys
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from coconut.analysis.interactive import InteractiveModel
 from coconut.reporting.plots import DARK, LIGHT
+from coconut.utils.listening import explain_address_errors
 
 MAX_REQUEST_BYTES = 100_000
 PAGE = Path(__file__).with_name("demo.html")
@@ -38,14 +38,8 @@ class DemoServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int):
         self.host = host
         self.page = demo_page()
-        try:
+        with explain_address_errors("The page", host, port):
             super().__init__((host, port), DemoHandler)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                reason = f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any"
-                raise ValueError(f"{reason} free one.") from None
-            reason = f"The page cannot be served at host={host} port={port} ({error.strerror})."
-            raise ValueError(f"{reason} Use host=127.0.0.1 and a port above 1023.") from None
 
     @property
     def address(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import uvicorn
 from coconut.models.latent_lm import LatentLM
 from coconut.serving.app import build_app
 from coconut.serving.config import ServeConfig
+from coconut.utils.listening import explain_address_errors
 
 GRACE = 10  # seconds that requests have to end after Ctrl-C
 
@@ -20,18 +20,9 @@ GRACE = 10  # seconds that requests have to end after Ctrl-C
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens. Raises ValueError if the address cannot be had."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with explain_address_errors("The model", host, port):
         found = socket.create_server((host, port), family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(
-                f"Port {port} is taken by another program. Choose another: port={port + 1}, or port=0 for any free one."
-            ) from None
-        raise ValueError(
-            f"The model cannot be served at host={host} port={port} ({error.strerror}). Use host=127.0.0.1 and a port "
-            "above 1023."
-        ) from None
     with found:
         yield found
 
