@@ -15,7 +15,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +22,16 @@ import torch
 
 from benchmarks.baselines import SIZES, Size, make_data, make_model, padded_right
 from benchmarks.run import in_turn, machine, precision, step
+from coconut import LatentLM
 from coconut.data.batching import Batch, epoch_batches, micro_batches
-from coconut.data.sequences import EpochView
 from coconut.engine.base import keep_freed_memory
 from coconut.methods import METHODS, Curriculum, Plan, plan
 from coconut.objectives.training_model import TrainingModel
+from coconut.training.prepare import plain_view
 
 STEPS = 3  # of the chain, that are replaced
 DECODER_LAYERS = 2
 OPTIONS = {name: {"steps": {"layers": DECODER_LAYERS}} for name in ("sim_cot", "sim_cot_codi")}
-SLOTS = {"lotus": {"iterations": 1}}  # for each step that is replaced
 MADE_FROM_CHAIN = ("icot", "hybrid_warmup")  # forms of the written chain, with a step of cot or no_cot
 
 
@@ -40,11 +39,11 @@ def plan_of(method: str, thoughts: int) -> Plan:
     entry = METHODS[method]
     its_length: dict[str, Any] = {"num_thoughts": thoughts} if entry.fixed_length else {}
     curriculum = Curriculum(max_stage=STEPS, total_length=50, thoughts_per_step=thoughts // STEPS, **its_length)
-    return plan(method, curriculum, slot=SLOTS.get(method), options=OPTIONS.get(method))
+    return plan(method, curriculum, options=OPTIONS.get(method))
 
 
-def batch_of(lm: Any, plan: Plan, rows: int) -> Batch:
-    view = EpochView(make_data(512), replace(plan, mixing_probability=0.0), plan.stages[-1], lm.special, 0, 0)
+def batch_of(lm: LatentLM, plan: Plan, rows: int) -> Batch:
+    view = plain_view(make_data(512), plan, plan.stages[-1], lm)
     chosen = epoch_batches(view, rows, seed=0, epoch=0)[0]
     return next(micro_batches(view, chosen, rows))
 
@@ -77,12 +76,8 @@ def main(arguments: Iterable[str]) -> None:
             sys.exit(f"{argument!r} is not KEY=VALUE with one of {', '.join(given)}.")
         given[key] = value
     methods = given["methods"].split(",") if given["methods"] else [m for m in METHODS if m not in MADE_FROM_CHAIN]
-    thoughts, rounds, size, kind = (
-        int(given["thoughts"]),
-        int(given["rounds"]),
-        SIZES[given["size"]],
-        given["precision"],
-    )
+    thoughts, rounds = int(given["thoughts"]), int(given["rounds"])
+    size, kind = SIZES[given["size"]], given["precision"]
     if thoughts % STEPS:
         sys.exit(f"thoughts={thoughts} is no multiple of {STEPS}, the steps that they replace.")
     keep_freed_memory()
